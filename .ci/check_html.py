@@ -1,6 +1,6 @@
 """The built pages load nothing from the network: scripts, styles, pictures and fonts are all local.
 
-    python .ci/check_html.py HTML_DIRECTORY
+python .ci/check_html.py HTML_DIRECTORY
 """
 
 import re

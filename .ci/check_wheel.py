@@ -1,6 +1,6 @@
 """The wheel holds exactly what git tracks under cuflash/, and is small.
 
-    python .ci/check_wheel.py CHECKOUT WHEEL
+python .ci/check_wheel.py CHECKOUT WHEEL
 """
 
 import subprocess
@@ -13,7 +13,9 @@ LIMIT = 1_000_000  # bytes
 
 def main(checkout: Path, wheel: Path) -> int:
     command = ["git", "-C", str(checkout), "ls-files", "-z", "cuflash"]
-    tracked = set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0"))
+    tracked = set(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+    )
     tracked.discard("")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}

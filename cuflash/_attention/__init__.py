@@ -1,0 +1,1 @@
+"""Exact attention: argument checks, plans, CUDA kernels and the NumPy twin."""

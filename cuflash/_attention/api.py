@@ -1,0 +1,329 @@
+"""The public calls of this room: every argument is checked here, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import arrays
+from . import check
+from .problem import Operands, Problem, sum_dtype
+
+
+class AttentionResult(NamedTuple):
+    """What :func:`attention` returns with ``return_lse=True``."""
+
+    out: Any
+    lse: Any
+
+
+class MergedAttention(NamedTuple):
+    """What :func:`merge_attention` returns."""
+
+    out: Any
+    lse: Any
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    q_start: Any = None,
+    kv_lengths: Any = None,
+    precision: str | None = None,
+    return_lse: bool = False,
+    out: Any = None,
+) -> Any:
+    r"""Exact attention, ``softmax(scale * q @ k.T) @ v``, without ever holding the scores.
+
+    The last two axes are (length, head_dim), as :func:`numpy.matmul` has them, the one before is
+    heads, and any further leading axes are batch and broadcast. GPU arrays run the CUDA kernels on
+    the current stream; NumPy arrays, and PyTorch and JAX arrays on the CPU, run the same tiled
+    algorithm in NumPy.
+
+    Parameters
+    ----------
+    q : array, shape (..., heads, len_q, d)
+        Queries: float16, bfloat16, float32 or float64; d from 1 to 256.
+    k : array, shape (..., kv_heads, len_k, d)
+        Keys, of q's dtype. ``heads`` must be a multiple of ``kv_heads``: query head h uses key head
+        ``h // (heads // kv_heads)``.
+    v : array, shape (..., kv_heads, len_k, d_v)
+        Values, of q's dtype; d_v from 1 to 256, which need not be d. Two axes in each of q, k and
+        v mean one head.
+    scale : float, optional
+        What scores are multiplied by, ``1 / sqrt(d)`` by default. Zero and negative are allowed.
+    causal : bool, default False
+        Query i sees key j only when ``j <= i + q_start``.
+    window : int or (int or None, int or None), optional
+        ``(left, right)``: query i sees key j only when
+        ``i + q_start - left <= j <= i + q_start + right``. None, or 2**30 and more, is no bound;
+        ``window=w`` is ``(w, w)``. Causal caps the right side at 0, which leaves w + 1 keys.
+    q_start : int or integer array, optional
+        The key position of the first query: one, or one per batch entry, broadcasting to the
+        batch axes. By default the queries are the last rows, ``len_k - len_q``, or with
+        ``kv_lengths`` (per batch entry) ``kv_lengths - len_q``; 0 gives the top-left triangle.
+        It matters only with ``causal`` or ``window``.
+    kv_lengths : int or integer array, optional
+        How many keys there are, broadcasting to the batch axes: keys at or past it are absent.
+    precision : {None, "tf32"}
+        "tf32" allows float32 products on the tensor cores in TF32, which keeps 10 bits; it
+        changes nothing in NumPy.
+    return_lse : bool, default False
+        Also return the logarithm of each row's sum of exponentials, for :func:`merge_attention`.
+    out : array, or (array or None, array or None) with ``return_lse``, optional
+        Where the results go, and what comes back. Its dtype is the inputs', or float32 for
+        float16 and bfloat16 inputs; its last axis must be contiguous; it must not overlap an
+        input.
+
+    Returns
+    -------
+    array or AttentionResult
+        ``out``, shape (..., heads, len_q, d_v), of q's dtype; with ``return_lse=True`` the named
+        tuple ``(out, lse)``, lse of shape (..., heads, len_q) in float32 (float64 for float64).
+
+    Raises
+    ------
+    TypeError
+        For what is not an array, kinds or devices that are mixed, and dtypes.
+    ValueError
+        For shapes, values and memory. On a GPU the values in ``q_start`` and ``kv_lengths``
+        arrays are clamped to what is allowed, not checked, unless ``CUFLASH_CHECK=1``.
+
+    Notes
+    -----
+    Scores and sums accumulate in float32 (float64 for float64). A row that sees no key gives 0,
+    and -inf in lse. What lies in masked places, NaN and infinity included, never reaches a result;
+    a NaN or infinity in a row of v that some query sees may reach other queries, as in ``p @ v``.
+
+    Views are used in place when their last axis is contiguous; arrays for which it is not are
+    copied once. The answer is bitwise the same every run.
+
+    The algorithm is Algorithm 1 of FlashAttention-2 [1]_.
+
+    References
+    ----------
+    .. [1] T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work
+       Partitioning", 2023, arXiv:2307.08691.
+
+    Examples
+    --------
+    Four query heads that share two key heads:
+
+    >>> import numpy as np
+    >>> import cuflash
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((2, 4, 5, 16), dtype=np.float32)
+    >>> k = rng.standard_normal((2, 2, 7, 16), dtype=np.float32)
+    >>> v = rng.standard_normal((2, 2, 7, 16), dtype=np.float32)
+    >>> cuflash.attention(q, k, v, causal=True).shape
+    (2, 4, 5, 16)
+
+    With q = 0 every key has the same weight, and lse is the logarithm of their number:
+
+    >>> out, lse = cuflash.attention(0 * q, k, v, kv_lengths=np.array([7, 3]), return_lse=True)
+    >>> np.exp(lse[:, 0, 0]).round(3)
+    array([7., 3.], dtype=float32)
+    >>> np.allclose(out[1, 0, 0], v[1, 0, :3].mean(axis=0))
+    True
+
+    ``(batch, length, heads, d)`` data needs no copy:
+
+    >>> x = np.ones((2, 5, 4, 16), np.float32)
+    >>> cuflash.attention(*[x.swapaxes(-2, -3)] * 3).shape
+    (2, 4, 5, 16)
+    """
+    caller, problem, operands = prepare(
+        q,
+        k,
+        v,
+        scale=scale,
+        causal=causal,
+        window=window,
+        q_start=q_start,
+        kv_lengths=kv_lengths,
+        precision=precision,
+        return_lse=return_lse,
+        out=out,
+    )
+    with caller:
+        allocate(caller, problem, operands)
+        _backend(caller).forward(problem, operands)
+    given_out, given_lse = _pair(out)
+    result = _give(caller, given_out, operands.out, one_head=operands.one_head)
+    if not problem.return_lse:
+        return result
+    lse = _give(caller, given_lse, operands.lse, one_head=operands.one_head)
+    return AttentionResult(result, lse)
+
+
+def merge_attention(outs: Sequence[Any], lses: Sequence[Any], *, out: Any = None) -> Any:
+    """Join results of attention over disjoint sets of keys into the result over all of them.
+
+    Parameters
+    ----------
+    outs : sequence of arrays, each of shape (..., heads, len_q, d_v)
+        The parts' outputs, at least one, of one shape and dtype.
+    lses : sequence of arrays, each of shape (..., heads, len_q)
+        The parts' lse: float32, or float64 with float64 outs. A part whose lse is -inf in a row
+        contributes nothing to it.
+    out : array or (array or None, array or None), optional
+        Where ``out`` and ``lse`` go, and what comes back; no overlap with the parts.
+
+    Returns
+    -------
+    MergedAttention
+        The named tuple ``(out, lse)``, as :func:`attention` would have given it, to the rounding
+        of the outs' dtype. A row that no part has keys for is 0 and -inf.
+
+    Raises
+    ------
+    TypeError
+        For what is not an array, kinds or devices that are mixed, and dtypes.
+    ValueError
+        For no parts at all, shapes and memory.
+
+    Notes
+    -----
+    ``lse = log(sum(exp(lse_i)))`` and ``out = sum(exp(lse_i - lse) * out_i)``, summed in float32
+    (float64 for float64) in the order given.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 6, 8))
+    >>> parts = [
+    ...     cuflash.attention(q, k[:, part], v[:, part], return_lse=True)
+    ...     for part in (slice(0, 4), slice(4, 6))
+    ... ]
+    >>> merged = cuflash.merge_attention(*zip(*parts))
+    >>> np.allclose(merged.out, cuflash.attention(q, k, v))
+    True
+    """
+    caller, native_outs, native_lses, into, into_lse = prepare_merge(outs, lses, out=out)
+    with caller:
+        if into is None:
+            into = caller.empty(native_outs[0].shape, native_outs[0].dtype)
+        if into_lse is None:
+            into_lse = caller.empty(native_lses[0].shape, native_lses[0].dtype)
+        _backend(caller).merge(native_outs, native_lses, into, into_lse)
+    given_out, given_lse = _pair(out)
+    return MergedAttention(_give(caller, given_out, into), _give(caller, given_lse, into_lse))
+
+
+def prepare(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    q_start: Any = None,
+    kv_lengths: Any = None,
+    precision: str | None = None,
+    return_lse: bool = False,
+    out: Any = None,
+) -> tuple[arrays.Caller, Problem, Operands]:
+    """Check attention's arguments and say what is to be done, without doing any of it."""
+    causal, return_lse = check.flag("causal", causal), check.flag("return_lse", return_lse)
+    left, right = check.window_sides(window)
+    start, starts = check.int_or_array("q_start", q_start)
+    length, lengths = check.int_or_array("kv_lengths", kv_lengths)
+    outputs = check.named_outputs(out, both=return_lse)
+    caller, native = arrays.take(
+        {"q": q, "k": k, "v": v, "q_start": starts, "kv_lengths": lengths, **outputs},
+        outputs=tuple(outputs),
+    )
+    dtype = check.common_dtype(native, ("q", "k", "v"))
+    operands = check.inputs(native)
+    check.integers(caller, operands, start, length)
+    operands.k, operands.v = operands.k[..., :length, :], operands.v[..., :length, :]
+    left, right = check.useful_sides(operands, start, left, 0 if causal else right)
+    if left is None and right is None:
+        start = operands.q_start = None
+    *batch, heads, len_q, head_dim = operands.q.shape
+    problem = Problem(
+        dtype=dtype,
+        batch=tuple(batch),
+        heads=heads,
+        kv_heads=operands.k.shape[-3],
+        len_q=len_q,
+        len_k=operands.k.shape[-2],
+        head_dim=head_dim,
+        head_dim_v=operands.v.shape[-1],
+        scale=check.scale(scale, head_dim),
+        left=left,
+        right=right,
+        q_start=start,
+        q_start_array=operands.q_start is not None,
+        kv_lengths_array=operands.kv_lengths is not None,
+        precision=check.precision(precision, dtype),
+        return_lse=return_lse,
+    )
+    shape = problem.out_shape[operands.one_head :]
+    given = check.given_outputs(native, outputs, shape, dtype)
+    operands.out, operands.lse = (
+        array[None] if operands.one_head and array is not None else array for array in given
+    )
+    return caller, problem, operands
+
+
+def allocate(caller: arrays.Caller, problem: Problem, operands: Operands) -> None:
+    """Make the outputs that the caller did not give; call it inside ``with caller``."""
+    if operands.out is None:
+        operands.out = caller.empty(problem.out_shape, operands.q.dtype)
+    if operands.lse is None and problem.return_lse:
+        operands.lse = caller.empty(problem.lse_shape, np.dtype(problem.lse_dtype))
+
+
+def prepare_merge(
+    outs: Sequence[Any], lses: Sequence[Any], *, out: Any = None
+) -> tuple[arrays.Caller, list[Any], list[Any], Any, Any]:
+    """Check merge_attention's arguments; return caller, outs, lses, out and lse (or None)."""
+    check.parts(outs, lses)
+    out_names = [f"outs[{i}]" for i in range(len(outs))]
+    lse_names = [f"lses[{i}]" for i in range(len(lses))]
+    outputs = check.named_outputs(out, both=True)
+    caller, native = arrays.take(
+        {**dict(zip(out_names, outs)), **dict(zip(lse_names, lses)), **outputs},
+        outputs=tuple(outputs),
+    )
+    dtype = check.common_dtype(native, out_names)
+    shape = check.part_shape(native[out_names[0]])
+    for out_name, lse_name in zip(out_names, lse_names):
+        check.array(out_name, native[out_name], shape, (dtype,))
+        check.array(lse_name, native[lse_name], shape[:-1], (sum_dtype(dtype),))
+    given = check.given_outputs(native, outputs, shape, dtype)
+    parts = [native[name] for name in out_names], [native[name] for name in lse_names]
+    return caller, *parts, *given
+
+
+def _backend(caller: arrays.Caller) -> ModuleType:
+    """Return where the work is done; only a GPU array brings in CuPy."""
+    if caller.on_gpu:
+        from . import gpu
+
+        return gpu
+    from . import cpu
+
+    return cpu
+
+
+def _pair(out: Any) -> tuple[Any, Any]:
+    return out if isinstance(out, tuple) else (out, None)
+
+
+def _give(caller: arrays.Caller, given: Any, native: Any, *, one_head: bool = False) -> Any:
+    """Return what the caller gave for this result, or the new array as the caller's kind."""
+    if given is not None:
+        return given
+    return caller.give(native[0] if one_head else native)

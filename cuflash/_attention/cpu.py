@@ -1,0 +1,184 @@
+"""Attention in NumPy: the kernels' algorithm, tile by tile.
+
+This is FlashAttention (Dao et al., 2022, Algorithm 1) with the loops in FlashAttention-2's order
+(Dao, 2023, Algorithm 1): a tile of queries stays, tiles of keys stream past it, and for each query
+row a running maximum m, a running sum d = sum exp(s - m) and a running output o are kept. Scores
+and sums are float32 (float64 for float64); P is rounded to the inputs' dtype before it meets V, as
+on the tensor cores. Nothing of size len_q x len_k is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .problem import Operands, Problem
+
+TILE_Q = 128
+TILE_K = 128
+# Scores held at once, over all heads of a step: 8 MB of float32, about a core's share of cache.
+SCORES = 1 << 21
+
+
+@dataclass(frozen=True)
+class Sight:
+    """The keys each row sees: row i sees [low(i), high(i)). Both ends move by at most 1 a row."""
+
+    length: int
+    start: int
+    left: int | None
+    right: int | None
+
+    def low(self, row: Any) -> Any:
+        return 0 * row if self.left is None else np.maximum(0, row + self.start - self.left)
+
+    def high(self, row: Any) -> Any:
+        if self.right is None:
+            return 0 * row + self.length
+        return np.minimum(self.length, row + self.start + self.right + 1)
+
+    def all_of(self, rows: np.ndarray, keys: np.ndarray) -> bool:
+        """Whether every row sees every key, so that no score needs the mask."""
+        return self.low(rows[-1]) <= keys[0] and keys[-1] < self.high(rows[0])
+
+    def mask(self, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        rows = rows[:, None]
+        return (self.low(rows) <= keys) & (keys < self.high(rows))
+
+
+class Rows:
+    """The state (m, d, o) of a tile of query rows: the empty one, its update, its end."""
+
+    def __init__(self, shape: tuple[int, ...], head_dim_v: int, dtype: np.dtype) -> None:
+        self.m = np.full(shape, -np.inf, dtype)
+        self.d = np.zeros(shape, dtype)
+        self.o = np.zeros((*shape, head_dim_v), dtype)
+
+    def update(self, s: np.ndarray, v: np.ndarray, dtype_p: np.dtype) -> None:
+        """Take in the scores s [..., rows, keys] and the values v [..., keys, head_dim_v]."""
+        m = np.maximum(self.m, s.max(axis=-1))
+        # A row that has seen nothing keeps m = -inf; -inf - -inf would be NaN, so it subtracts 0.
+        base = np.where(m == -np.inf, 0, m)
+        p = np.exp(s - base[..., None])
+        alpha = np.exp(self.m - base)
+        self.d = self.d * alpha + p.sum(axis=-1)
+        self.o *= alpha[..., None]
+        self.o += p.astype(dtype_p, copy=False).astype(self.o.dtype, copy=False) @ v
+        self.m = m
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return out = o / d and lse = m + log d; a row that saw nothing ends with 0 and -inf."""
+        seen = self.d != 0
+        out = np.divide(self.o, self.d[..., None], out=np.zeros_like(self.o), where=seen[..., None])
+        return out, self.m + np.log(self.d)
+
+
+def forward(
+    problem: Problem, operands: Operands, *, tile_q: int = TILE_Q, tile_k: int = TILE_K
+) -> None:
+    """Fill ``operands.out`` and, where there is one, ``operands.lse``."""
+    with np.errstate(all="ignore"):
+        for batch in np.ndindex(problem.batch):
+            sight = _sight(problem, operands, batch)
+            for heads, kv_heads in _steps(problem, tile_q * tile_k):
+                _forward_heads(
+                    problem,
+                    sight,
+                    operands.q[batch][heads],
+                    operands.k[batch][kv_heads],
+                    operands.v[batch][kv_heads],
+                    operands.out[batch][heads],
+                    None if operands.lse is None else operands.lse[batch][heads],
+                    tile_q,
+                    tile_k,
+                )
+
+
+def _sight(problem: Problem, operands: Operands, batch: tuple[int, ...]) -> Sight:
+    length = problem.len_k
+    if operands.kv_lengths is not None:
+        length = int(operands.kv_lengths[batch])
+    start = length - problem.len_q if problem.q_start is None else problem.q_start
+    if operands.q_start is not None:
+        start = int(operands.q_start[batch])
+    return Sight(length, start, problem.left, problem.right)
+
+
+def _steps(problem: Problem, tile: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the heads taken together, as (query heads, key heads) with whole groups in each."""
+    group = problem.group
+    width = max(1, SCORES // max(1, group * tile))
+    for first in range(0, problem.kv_heads, width):
+        last = min(first + width, problem.kv_heads)
+        yield slice(first * group, last * group), slice(first, last)
+
+
+def _forward_heads(
+    problem: Problem,
+    sight: Sight,
+    q: np.ndarray,  # [heads, len_q, head_dim]
+    k: np.ndarray,  # [kv_heads, len_k, head_dim]
+    v: np.ndarray,  # [kv_heads, len_k, head_dim_v]
+    out: np.ndarray,  # [heads, len_q, head_dim_v]
+    lse: np.ndarray | None,  # [heads, len_q]
+    tile_q: int,
+    tile_k: int,
+) -> None:
+    exact = np.dtype(problem.lse_dtype)
+    kv_heads, group = k.shape[0], problem.group
+    # Contiguous copies of one step's keys and values: NumPy's product of odd strides is slow, and
+    # its answer might depend on them.
+    k = np.ascontiguousarray(k[:, None, : sight.length], exact).swapaxes(-1, -2)
+    v = np.ascontiguousarray(v[:, None, : sight.length], exact)
+
+    for i in range(0, problem.len_q, tile_q):
+        rows = np.arange(i, min(i + tile_q, problem.len_q))
+        tile = slice(i, i + rows.size)
+        q_tile = np.ascontiguousarray(q[:, tile], exact)
+        q_tile = q_tile.reshape(kv_heads, group, rows.size, problem.head_dim)
+        state = Rows(q_tile.shape[:-1], problem.head_dim_v, exact)
+
+        # Between the first row's first key and the last row's last one, each key is seen by some
+        # row: nothing else is ever read, so what lies there (NaN, perhaps) cannot leak through V.
+        first, last = int(sight.low(rows[0])), int(sight.high(rows[-1]))
+        for j in range(first, last, tile_k):
+            keys = np.arange(j, min(j + tile_k, last))
+            s = q_tile @ k[..., keys[0] : keys[-1] + 1]
+            s *= problem.scale
+            if not sight.all_of(rows, keys):
+                np.copyto(s, -np.inf, where=~sight.mask(rows, keys))
+            state.update(s, v[:, :, keys[0] : keys[-1] + 1], q.dtype)
+
+        out_tile, lse_tile = state.finish()
+        out[:, tile] = out_tile.reshape(out[:, tile].shape)
+        if lse is not None:
+            lse[:, tile] = lse_tile.reshape(lse[:, tile].shape)
+
+
+def merge(
+    outs: Sequence[np.ndarray],  # each [..., heads, len_q, head_dim_v]
+    lses: Sequence[np.ndarray],  # each [..., heads, len_q]
+    out: np.ndarray,
+    lse: np.ndarray,
+) -> None:
+    """Join partial results: a part is the state (m = lse, d = 1, o = out) of its keys."""
+    exact = lse.dtype
+    with np.errstate(all="ignore"):
+        m = lses[0].astype(exact)
+        for part_lse in lses[1:]:
+            m = np.maximum(m, part_lse)
+        base = np.where(m == -np.inf, 0, m)
+        d = np.zeros_like(m)
+        o = np.zeros(out.shape, exact)
+        for part_out, part_lse in zip(outs, lses, strict=True):
+            weight = np.exp(part_lse - base)
+            d += weight
+            # A part that saw no keys has no say, whatever its out holds.
+            part = weight[..., None] * part_out.astype(exact)
+            o += np.where(part_lse[..., None] == -np.inf, 0, part)
+        seen = d != 0
+        out[...] = np.divide(o, d[..., None], out=np.zeros_like(o), where=seen[..., None])
+        lse[...] = m + np.log(d)

@@ -1,0 +1,74 @@
+"""What one call of attention asks for: a frozen Problem to plan by, and the arrays beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+def sum_dtype(dtype: str) -> str:
+    """Return what scores and sums are kept in for inputs of this dtype; lse shows them as is."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything about a call but the arrays: hashable, so that plans can be cached by it.
+
+    Row ``i`` of batch entry ``b`` sees the keys ``j`` in
+    ``[max(0, i + start - left), min(length, i + start + right + 1))``, where ``length`` is
+    ``kv_lengths[b]`` (``len_k`` without) and ``start`` is ``q_start`` or else ``length - len_q``.
+    ``causal`` is folded into ``right``; a side that bounds nothing is None.
+    """
+
+    dtype: str  # "float16" "bfloat16" "float32" "float64"
+    batch: tuple[int, ...]  # the batch axes of q, k and v, broadcast
+    heads: int  # a multiple of kv_heads
+    kv_heads: int
+    len_q: int
+    len_k: int
+    head_dim: int
+    head_dim_v: int
+    scale: float
+    left: int | None
+    right: int | None
+    q_start: int | None  # None: the queries are the last rows, or see q_start_array
+    q_start_array: bool
+    kv_lengths_array: bool
+    precision: str | None  # None, or "tf32" for float32
+    return_lse: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.heads // self.kv_heads if self.kv_heads else 1
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.batch, self.heads, self.len_q, self.head_dim_v)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        return (*self.batch, self.heads, self.len_q)
+
+    @property
+    def lse_dtype(self) -> str:
+        return sum_dtype(self.dtype)
+
+
+@dataclass
+class Operands:
+    """The arrays of a call, all of one library, with every axis the Problem names.
+
+    Batch axes are broadcast by strides of 0; nothing has been copied, so strides are the caller's.
+    ``out`` and ``lse`` are None until they are given or allocated.
+    """
+
+    q: Any  # [*batch, heads, len_q, head_dim]
+    k: Any  # [*batch, kv_heads, len_k, head_dim]
+    v: Any  # [*batch, kv_heads, len_k, head_dim_v]
+    out: Any = None  # [*batch, heads, len_q, head_dim_v], the inputs' dtype or float32
+    lse: Any = None  # [*batch, heads, len_q], or None when not wanted
+    q_start: Any = None  # [*batch], any integer dtype, or None
+    kv_lengths: Any = None  # [*batch], any integer dtype, or None
+    one_head: bool = False  # the caller's arrays are 2-D: results go back without the heads axis

@@ -232,10 +232,10 @@ class Passage(NamedTuple):
 
 def project_passages(root: Path = ROOT) -> list[Passage]:
     """Return the paragraphs of README, docs and docstrings, each text once."""
-    pages = [root / "README.md", *sorted(root.glob("docs/**/*.rst")), *root.glob("docs/**/*.md")]
-    generated = {"_build", "api", "gallery"}  # Sphinx writes these, from what is read here anyway
+    pages = sorted([*root.glob("docs/**/*.rst"), *root.glob("docs/**/*.md")])
+    generated = {"_build", "api", "gallery", "tables"}
     passages: dict[str, Passage] = {}
-    for page in pages:
+    for page in [root / "README.md", *pages]:
         if page.is_file() and generated.isdisjoint(page.relative_to(root).parts):
             for line, text in paragraphs(page.read_text("utf-8")):
                 passages.setdefault(text, Passage(f"{page.relative_to(root)}:{line}", text))
@@ -258,12 +258,16 @@ def docstrings(source: str) -> Iterator[tuple[int, str]]:
                 yield node.body[0].lineno, docstring
 
 
+# Lines up to an empty one, or to the next parameter of a docstring, which looks like "name : type".
+BLOCK = re.compile(r"^.*\S.*\n?(?:^(?!\w[\w, ]* : ).*\S.*\n?)*", re.MULTILINE)
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)  # of code in Markdown
+
+
 def paragraphs(text: str) -> Iterator[tuple[int, str]]:
     """Yield line number and words of each paragraph of prose in reStructuredText or Markdown."""
-    fence = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-    text = fence.sub(lambda code: "\n" * code[0].count("\n"), text)
+    text = FENCE.sub(lambda code: "\n" * code[0].count("\n"), text)
     literal = False  # whether indented blocks are code, or belong to a directive
-    for block in re.finditer(r"(?:^.*\S.*\n?)+", text, re.MULTILINE):
+    for block in BLOCK.finditer(text):
         indented = block[0][0].isspace()
         directive = block[0].startswith("..")
         table_or_code = block[0].startswith(("|", "+-", "==", ">>>"))
@@ -277,8 +281,8 @@ def paragraphs(text: str) -> Iterator[tuple[int, str]]:
 def plain(markup: str) -> str:
     """Return a paragraph as one line of words, without the marks of its markup."""
     markup = re.sub(r"^[-=~^#*\s]+$", "", markup, flags=re.MULTILINE)  # what underlines a title
-    markup = re.sub(r":[\w:]+:`~?([^`<]+)[^`]*`", r"\1", markup)  # :func:`softmax` is softmax
-    return " ".join(re.sub(r"[`*]", "", markup).split()).replace("::", ":")
+    markup = re.sub(r"(?::[\w:]+:)?`~?([^`<]+?)\s*(?:<[^`>]*>)?`_*", r"\1", markup)  # references
+    return " ".join(re.sub(r"`|\*+(?=\w)|(?<=\w)\*+", "", markup).split()).replace("::", ":")
 
 
 def given_passages(path: Path) -> list[Passage]:
@@ -304,8 +308,8 @@ def search(model: MiniLM, passages: list[Passage], query: str | None) -> dict[st
     """Embed everything and return what ``--json`` prints: with a query, the best passage first."""
     embeddings = model.embed([passage.text for passage in passages], progress=True)
     hits = [
-        {"source": passage.source, "text": passage.text, "embedding": numbers(embedding)}
-        for passage, embedding in zip(passages, embeddings, strict=True)
+        {"source": passage.source, "text": passage.text, "embedding": embedding}
+        for passage, embedding in zip(passages, numbers(embeddings), strict=True)
     ]
     found: dict[str, Any] = {"library": model.xp.__name__, "passages": hits}
     if query is not None:
@@ -317,7 +321,7 @@ def search(model: MiniLM, passages: list[Passage], query: str | None) -> dict[st
     return found
 
 
-def numbers(array: Array) -> list[float]:
+def numbers(array: Array) -> list:
     """Return an array as numbers for JSON; nine decimals are all that float32 can tell."""
     return array.astype(np.float64).round(9).tolist()
 

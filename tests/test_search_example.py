@@ -144,13 +144,22 @@ Too short.
 ```python
 fenced = "code, which nobody would look for by its meaning either"
 ```
-The last paragraph is here, and its line is known.
+The `text of a link <https://example.org>`_ stays, and so does a formula like ``a * b < c``.
+
+Parameters
+----------
+x : array, shape (..., n)
+    Each parameter is a passage of its own.
+y, z : array
+    Since a reader will ask about one of them.
 """
     assert list(example.paragraphs(page)) == [
         (1, "A title that has many more words than most titles have"),
         (4, "Call cuflash.attention or softmax on any array you have:"),
         (13, "- A list is searched: its items are read as one paragraph of prose."),
-        (21, "The last paragraph is here, and its line is known."),
+        (21, "The text of a link stays, and so does a formula like a * b < c."),
+        (25, "x : array, shape (..., n) Each parameter is a passage of its own."),
+        (27, "y, z : array Since a reader will ask about one of them."),
     ]
 
 

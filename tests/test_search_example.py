@@ -144,7 +144,7 @@ Too short.
 ```python
 fenced = "code, which nobody would look for by its meaning either"
 ```
-The `text of a link <https://example.org>`_ stays, and so does a formula like ``a * b < c``.
+The `text of a link <https://example.org>`_ stays, a formula ``a * b`` and :math:`x < y`.
 
 Parameters
 ----------
@@ -157,7 +157,7 @@ y, z : array
         (1, "A title that has many more words than most titles have"),
         (4, "Call cuflash.attention or softmax on any array you have:"),
         (13, "- A list is searched: its items are read as one paragraph of prose."),
-        (21, "The text of a link stays, and so does a formula like a * b < c."),
+        (21, "The text of a link stays, a formula a * b and x < y."),
         (25, "x : array, shape (..., n) Each parameter is a passage of its own."),
         (27, "y, z : array Since a reader will ask about one of them."),
     ]

@@ -266,13 +266,12 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)  # of code in Markd
 def paragraphs(text: str) -> Iterator[tuple[int, str]]:
     """Yield line number and words of each paragraph of prose in reStructuredText or Markdown."""
     text = FENCE.sub(lambda code: "\n" * code[0].count("\n"), text)
-    literal = False  # whether indented blocks are code, or belong to a directive
+    literal = False  # whether what is indented is code, or belongs to a directive
     for block in BLOCK.finditer(text):
-        indented = block[0][0].isspace()
+        inside = literal and block[0][0].isspace()
         directive = block[0].startswith("..")
-        table_or_code = block[0].startswith(("|", "+-", "==", ">>>"))
-        inside, literal = literal and indented, directive or block[0].rstrip().endswith("::")
-        literal = literal or inside
+        table_or_code = block[0].startswith(("|", "+-", "==")) or ">>>" in block[0]
+        literal = inside or directive or block[0].rstrip().endswith("::")
         words = plain(block[0])
         if not (inside or directive or table_or_code) and len(words.split()) >= 8:
             yield text.count("\n", 0, block.start()) + 1, words
@@ -281,8 +280,9 @@ def paragraphs(text: str) -> Iterator[tuple[int, str]]:
 def plain(markup: str) -> str:
     """Return a paragraph as one line of words, without the marks of its markup."""
     markup = re.sub(r"^[-=~^#*\s]+$", "", markup, flags=re.MULTILINE)  # what underlines a title
-    markup = re.sub(r"(?::[\w:]+:)?`~?([^`<]+?)\s*(?:<[^`>]*>)?`_*", r"\1", markup)  # references
-    return " ".join(re.sub(r"`|\*+(?=\w)|(?<=\w)\*+", "", markup).split()).replace("::", ":")
+    markup = re.sub(r"\s+<[^<>`]+>`", "`", markup)  # the address of a link
+    markup = re.sub(r"(?::[\w:]+:)?(`+)~?(.+?)\1_*", r"\2", markup, flags=re.DOTALL)
+    return " ".join(re.sub(r"\*+(?=\w)|(?<=\w)\*+", "", markup).split()).replace("::", ":")
 
 
 def given_passages(path: Path) -> list[Passage]:

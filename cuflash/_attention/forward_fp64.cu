@@ -1,0 +1,79 @@
+// FlashAttention forward for float64 on FP64 tensor cores (DMMA): sm_80, sm_90, sm_100.
+//
+// Products count in an order of their own, which lets a thread read its two neighbours 2t and 2t + 1 at once and use them as
+// k = t and t + 4: head_dim for S = Q K^T, keys for P V, where P then needs no shuffle.
+//
+// Constants: Element, Output, kHeadDim, kHeadDimV, kBlockM, kBlockN, kThreads, kStages, kRowTiles, kMinBlocks.
+#include "_attention/mma_layout.cuh"
+#include "_attention/tile_loop.cuh"
+#include "device/mma.cuh"
+
+struct DoubleProducts : MmaLayout {
+  using T = double;
+  using QTile = SharedTile<T, kBlockM, kHeadDim, Access::kRowPairs>;
+  using KTile = SharedTile<T, kBlockN, kHeadDim, Access::kRowPairs>;
+  using VTile = SharedTile<T, kBlockN, kHeadDimV>;
+
+  static __device__ __forceinline__ void scores(T (&s)[kRows][kScores], QTile q_smem, KTile k_smem) {
+    const int g = lane() / 4, t = lane() % 4;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int c = 0; c < kScores; ++c) s[r][c] = 0;
+#pragma unroll kUnrollD
+    for (int d = 0; d < kHeadDim; d += 8) {
+      T q_frag[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        load_pair(q_frag[m][0], q_frag[m][2], q_smem.at(warp_row() + m * 16 + g, d / 2 + t));
+        load_pair(q_frag[m][1], q_frag[m][3], q_smem.at(warp_row() + m * 16 + g + 8, d / 2 + t));
+      }
+#pragma unroll
+      for (int n = 0; n < kBlockN / 8; ++n) {
+        T k_frag[2];
+        load_pair(k_frag[0], k_frag[1], k_smem.at(8 * n + g, d / 2 + t));
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) multiply(s, m, 2 * n, q_frag[m], k_frag);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void weigh(T (&o)[kRows][kOutputs], const T (&p)[kRows][kScores], VTile v_smem) {
+    const int g = lane() / 4, t = lane() % 4;
+#pragma unroll
+    for (int n = 0; n < kBlockN / 8; ++n) {
+      T p_frag[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p_frag[m][i] = p[2 * m + i % 2][2 * n + i / 2];
+#pragma unroll
+      for (int d = 0; d < kHeadDimV; d += 8) {
+        const T v_frag[2] = {load(v_smem.element(8 * n + 2 * t, d + g)), load(v_smem.element(8 * n + 2 * t + 1, d + g))};
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) multiply(o, m, d / 4, p_frag[m], v_frag);
+      }
+    }
+  }
+
+  template <int kColumns>
+  static __device__ __forceinline__ void multiply(T (&to)[kRows][kColumns], int m, int c, const T (&a)[4],
+                                                  const T (&b)[2]) {
+    mma_16x8x8(to[2 * m][c], to[2 * m][c + 1], to[2 * m + 1][c], to[2 * m + 1][c + 1], a, b[0], b[1]);
+  }
+
+  static __device__ __forceinline__ T load(uint32 address) {
+    T x;
+    asm volatile("ld.shared.f64 %0, [%1];" : "=d"(x) : "r"(address) : "memory");
+    return x;
+  }
+
+  static __device__ __forceinline__ void load_pair(T& first, T& second, uint32 address) {
+    asm volatile("ld.shared.v2.f64 {%0, %1}, [%2];" : "=d"(first), "=d"(second) : "r"(address) : "memory");
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
+attention_forward(const __grid_constant__ Params params) {
+  attend<DoubleProducts>(params);
+}

@@ -1,0 +1,313 @@
+// FlashAttention forward, the loop that every portable kernel shares.
+//
+//   for each tile of kBlockM queries (a thread block):            Dao, "FlashAttention-2", Algorithm 1
+//     for each tile of kBlockN keys that some of its rows may see:
+//       S = Q K^T                                                 Products::scores
+//       (m, d), P = online softmax of S; O rescaled               online_softmax.cuh
+//       O += P V                                                  Products::weigh
+//     O / d, lse = m + log d
+//
+// `Products` is the arithmetic: which element of S and O a thread holds, and the two products. It brings
+//   T                                     the accumulators' type
+//   kRows, kScores, kOutputs, kRowLanes   rows a thread holds, scores and outputs a row, lanes that share a row
+//   QTile, KTile, VTile                   how the operands lie in shared memory
+//   row(r), key(c), output(c)             the place of a thread's element in the block's tiles
+//   scores(s, q, k), weigh(o, s, v)       S = Q K^T and O += P V
+// and expects, as constants: Element, Output, kHeadDim, kHeadDimV, kBlockM, kBlockN, kThreads, kStages.
+#include "device/online_softmax.cuh"
+#include "device/shared_tile.cuh"
+
+constexpr int kBatchAxes = 4;
+
+// A [batch..., heads, length, dim] array. Strides in elements, of any sign, 0 where it is broadcast.
+template <typename T> struct Strided {
+  T* data;
+  int64 batch[kBatchAxes];
+  int64 head;
+  int64 row;
+};
+
+// An integer for each batch: 4 or 8 bytes each, or none at all.
+struct PerBatch {
+  const void* data;
+  int64 batch[kBatchAxes];  // in elements
+  int64 bytes;              // 4, 8, or 0: none
+};
+
+struct Params {
+  Strided<const Element> q;            // [batch..., heads, len_q, head_dim]
+  Strided<const Element> k;            // [batch..., kv_heads, len_k, head_dim]
+  Strided<const Element> v;            // [batch..., kv_heads, len_k, head_dim_v]
+  Strided<Output> out;                 // [batch..., heads, len_q, head_dim_v]
+  Strided<Accumulator<Element>> lse;   // [batch..., heads, len_q]; its row stride is `row`; data may be null
+  PerBatch q_starts, kv_lengths;
+  int64 q_start;                       // where there is no array; kEndAligned: length - len_q
+  int64 left, right;                   // keys a row sees on either side of its diagonal
+  Accumulator<Element> scale_log2;     // > 0: scale log2(e)
+  Accumulator<Element> factor;         // 1; -1 or 0 where the scale was negative or zero: scores are multiplied by it first
+  int batch_shape[kBatchAxes];
+  int batches, heads, group;           // group: heads / kv_heads
+  int len_q, len_k, head_dim, head_dim_v;
+  int sweep;                           // (batch, head) pairs that advance through the query tiles together
+};
+
+constexpr int64 kEndAligned = -(1ll << 62);
+
+// A score may exceed its row's reference by this power of two before O is rescaled: most tiles then only add.
+constexpr int kSlack = 8;
+
+__device__ __forceinline__ int64 batch_offset(const Params& params, const int64 (&strides)[kBatchAxes], int batch) {
+  int64 offset = 0;
+#pragma unroll
+  for (int axis = kBatchAxes - 1; axis >= 0; --axis) {
+    offset += batch % params.batch_shape[axis] * strides[axis];
+    batch /= params.batch_shape[axis];
+  }
+  return offset;
+}
+
+template <typename T>
+__device__ __forceinline__ T* head_of(const Params& params, const Strided<T>& array, int batch, int head) {
+  return array.data + batch_offset(params, array.batch, batch) + head * array.head;
+}
+
+__device__ __forceinline__ int64 value_of(const Params& params, const PerBatch& array, int batch, int64 otherwise) {
+  if (array.bytes == 0) return otherwise;
+  const int64 offset = batch_offset(params, array.batch, batch);
+  return array.bytes == 4 ? static_cast<const int*>(array.data)[offset] : static_cast<const int64*>(array.data)[offset];
+}
+
+__device__ __forceinline__ int clamp(int64 x, int64 low, int64 high) {
+  return int(min_of(max_of(x, low), high));
+}
+
+// Of a key tile, seen from a warp's rows: none of them sees any of it, some see some of it, all see all of it.
+enum class Place { kOutside, kBorder, kInside };
+
+// The keys of a block's query rows. Causal, window, q_start and lengths are one thing: row i may see the keys [begin(i), end(i)).
+struct KeyInterval {
+  const Params& params;
+  int top;          // the block's first row
+  int first, last;  // begin and end of row 0 before clamping to [0, length)
+  int length;
+
+  __device__ __forceinline__ KeyInterval(const Params& params, int batch, int top) : params(params), top(top) {
+    const int len_q = params.len_q, len_k = params.len_k;
+    length = clamp(value_of(params, params.kv_lengths, batch, len_k), 0, len_k);  // never trusted
+    int64 start = value_of(params, params.q_starts, batch, params.q_start);
+    if (params.q_starts.bytes == 0 && params.q_start == kEndAligned) start = length - len_q;
+    start = clamp(start, -(1 << 30), 1 << 30);
+    first = clamp(start - params.left, -len_q, len_k);  // further out changes nothing, and int suffices
+    last = clamp(start + params.right + 1, -len_q, len_k);
+  }
+  __device__ __forceinline__ int begin(int row) const { return max_of(first + row, 0); }
+  __device__ __forceinline__ int end(int row) const { return max_of(min_of(last + row, length), 0); }
+
+  // The block's last row, and the keys that any of its rows may see.
+  __device__ __forceinline__ int bottom() const { return min_of(recomputed(top) + kBlockM, params.len_q) - 1; }
+  __device__ __forceinline__ int begin() const { return begin(recomputed(top)); }
+  __device__ __forceinline__ int end() const { return end(bottom()); }
+
+  // Where the kBlockN keys from `key` on lie for the rows of this warp.
+  template <int kWarpRows> __device__ __forceinline__ Place place(int key) const {
+    const int warp_top = top + recomputed(threadIdx.x) / 32 * kWarpRows;
+    const int warp_bottom = min_of(warp_top + kWarpRows - 1, bottom());
+    if (warp_top > warp_bottom || key >= end(warp_bottom) || key + kBlockN <= begin(warp_top)) return Place::kOutside;
+    return key >= begin(warp_bottom) && key + kBlockN <= end(warp_top) ? Place::kInside : Place::kBorder;
+  }
+};
+
+// The query tile of this block. Tiles that see most keys come first, and `sweep` heads advance together so that their keys stay in L2.
+struct TileIndex {
+  int tile, batch, head;
+
+  __device__ __forceinline__ explicit TileIndex(const Params& params) {
+    const int block = recomputed(blockIdx.x);
+    const int tiles = (params.len_q + kBlockM - 1) / kBlockM, pairs = params.batches * params.heads;
+    const int sweep = block / (tiles * params.sweep), place = block - sweep * tiles * params.sweep;
+    const int width = min_of(params.sweep, pairs - sweep * params.sweep);
+    const int pair = sweep * params.sweep + place % width;
+    tile = tiles - 1 - place / width;
+    batch = pair / params.heads;
+    head = pair - batch * params.heads;
+  }
+};
+
+template <int kLanes, typename T, typename Combine> __device__ __forceinline__ T across_row(T x, Combine combine) {
+#pragma unroll
+  for (int lane = 1; lane < kLanes; lane *= 2) x = combine(x, __shfl_xor_sync(0xffffffffu, x, lane));
+  return x;
+}
+
+// The shared memory of a block: Q, then kStages of K and V.
+template <typename Products> struct Shared {
+  static constexpr int kK = Products::QTile::kBytes;
+  static constexpr int kV = kK + kStages * Products::KTile::kBytes;
+  static constexpr int kBytes = kV + kStages * Products::VTile::kBytes;
+};
+
+template <typename Products> struct Rows {
+  using T = typename Products::T;
+  T s[Products::kRows][Products::kScores];
+  T o[Products::kRows][Products::kOutputs];
+  RunningPair<T> pair[Products::kRows];  // the sum counts this thread's own keys until `finish`
+
+  __device__ __forceinline__ void start() {
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      pair[r] = RunningPair<T>::empty();
+#pragma unroll
+      for (int c = 0; c < Products::kOutputs; ++c) o[r][c] = 0;
+    }
+  }
+
+  __device__ __forceinline__ void multiply_scores(T factor) {
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r)
+#pragma unroll
+      for (int c = 0; c < Products::kScores; ++c) s[r][c] *= factor;
+  }
+
+  // Scores of keys that their row may not see become -inf: replaced, so that a NaN among them does not survive.
+  __device__ __forceinline__ void mask(const KeyInterval& keys, int first_key) {
+    const int first_row = recomputed(keys.top);
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      const int row = first_row + Products::row(r), own = first_key + Products::key(0);
+      const int begin = keys.begin(row) - own, end = keys.end(row) - own;
+#pragma unroll
+      for (int c = 0; c < Products::kScores; ++c) {
+        const int key = Products::key(c) - Products::key(0);  // a constant
+        if (key < begin || key >= end) s[r][c] = -infinity<T>();
+      }
+    }
+  }
+
+  // S becomes P = 2^(scale S - m). The reference m follows the row's maximum only when it falls behind by kSlack: any m gives the same
+  // softmax, and its rows do not depend on one another.
+  __device__ __forceinline__ void softmax(T scale) {
+    T highest[Products::kRows];
+    bool behind = false;
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      highest[r] = s[r][0];
+#pragma unroll
+      for (int c = 1; c < Products::kScores; ++c) highest[r] = s[r][c] > highest[r] ? s[r][c] : highest[r];
+      behind |= highest[r] * scale > pair[r].max + kSlack;
+    }
+    if (__any_sync(0xffffffffu, behind)) raise(highest, scale);
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      const T reference = finite_reference(pair[r].max);
+#pragma unroll
+      for (int c = 0; c < Products::kScores; ++c) {
+        s[r][c] = exp_2(s[r][c] * scale - reference);
+        pair[r].sum += s[r][c];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void raise(const T (&highest)[Products::kRows], T scale) {
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      const T score = scale * across_row<Products::kRowLanes>(highest[r], [](T a, T b) { return max_of(a, b); });
+      const T factor = score > pair[r].max + kSlack ? pair[r].raise(score) : T(1);
+#pragma unroll
+      for (int c = 0; c < Products::kOutputs; ++c) o[r][c] *= factor;
+    }
+  }
+
+  // O / d and the logarithm of the sum. A row that saw no key gives 0 and -inf.
+  __device__ __forceinline__ void finish(const Params& params) {
+    const TileIndex index(params);
+    const int first_row = index.tile * kBlockM;
+    Output* out = head_of(params, params.out, index.batch, index.head);
+    auto* lse = params.lse.data == nullptr ? nullptr : head_of(params, params.lse, index.batch, index.head);
+    const bool paired = (reinterpret_cast<uint64>(out) | uint64(params.out.row) * sizeof(Output)) % (2 * sizeof(Output)) == 0;
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      const int row = first_row + Products::row(r);
+      pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
+      const bool empty = pair[r].sum == T(0);
+      const T inverse = T(1) / pair[r].sum;
+      if (row >= params.len_q) continue;
+      if (lse != nullptr && Products::key(0) == 0) lse[row * params.lse.row] = pair[r].log_sum() * T(kLn2);
+      Output* out_row = out + row * params.out.row;
+#pragma unroll
+      for (int c = 0; c < Products::kOutputs; c += 2) {
+        const int column = Products::output(c);
+        const Vector<Output, 2> both = {narrow<Output>(empty ? T(0) : o[r][c] * inverse),
+                                        narrow<Output>(empty ? T(0) : o[r][c + 1] * inverse)};
+        if (paired && column + 1 < params.head_dim_v) {
+          *reinterpret_cast<Vector<Output, 2>*>(out_row + column) = both;
+        } else {
+          if (column < params.head_dim_v) out_row[column] = both.at[0];
+          if (column + 1 < params.head_dim_v) out_row[column + 1] = both.at[1];
+        }
+      }
+    }
+  }
+};
+
+template <typename Products> __device__ __forceinline__ void attend(const Params& params) {
+  using T = typename Products::T;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32 base = shared_address(shared);
+
+  // Setup: this block's rows, and the keys that any of them may see.
+  const TileIndex index(params);
+  const KeyInterval keys(params, index.batch, index.tile * kBlockM);
+  const int first_tile = keys.begin() / kBlockN, end_tile = (keys.end() + kBlockN - 1) / kBlockN;
+  const Element* q = head_of(params, params.q, index.batch, index.head);
+  const Element* k = head_of(params, params.k, index.batch, index.head / params.group);
+  const Element* v = head_of(params, params.v, index.batch, index.head / params.group);
+
+  const auto k_smem = [&](int tile) {
+    return typename Products::KTile(base + Shared<Products>::kK + tile % kStages * Products::KTile::kBytes);
+  };
+  const auto v_smem = [&](int tile) {
+    return typename Products::VTile(base + Shared<Products>::kV + tile % kStages * Products::VTile::kBytes);
+  };
+  const auto load_k = [&](int tile) {
+    if (tile >= end_tile) return;
+    fill<kThreads>(k_smem(tile), k, params.k.row, params.head_dim, tile * kBlockN, keys.begin(), keys.end());
+  };
+  const auto load_v = [&](int tile) {
+    if (tile >= end_tile) return;
+    fill<kThreads>(v_smem(tile), v, params.v.row, params.head_dim_v, tile * kBlockN, keys.begin(), keys.end());
+  };
+
+  const typename Products::QTile q_smem(base);
+  Rows<Products> rows;
+  rows.start();
+  if (first_tile < end_tile) fill<kThreads>(q_smem, q, params.q.row, params.head_dim, keys.top, 0, params.len_q);
+  load_k(first_tile);
+  if (kStages == 2) load_v(first_tile);
+
+#pragma unroll 1
+  for (int tile = first_tile; tile < end_tile; ++tile) {
+    const int first_key = tile * kBlockN;
+    const Place place = keys.template place<Products::kWarpRows>(first_key);
+    copy_async_wait();
+    __syncthreads();  // K (and V, of two stages) of this tile are there; every warp is done with the tile before
+    if (kStages == 2) {
+      load_k(tile + 1);
+      load_v(tile + 1);
+    } else {
+      load_v(tile);
+    }
+    if (place != Place::kOutside) Products::scores(rows.s, q_smem, k_smem(tile));
+    if (kStages == 1) {
+      copy_async_wait();
+      __syncthreads();  // V of this tile is there; every warp is done with K
+      load_k(tile + 1);
+    }
+    if (place == Place::kOutside) continue;
+    if (params.factor != T(1)) rows.multiply_scores(params.factor);
+    if (place == Place::kBorder) rows.mask(keys, first_key);
+    rows.softmax(params.scale_log2);
+    Products::weigh(rows.o, rows.s, v_smem(tile));
+  }
+
+  rows.finish(params);
+}

@@ -1,0 +1,140 @@
+"""Source + constants + architecture -> a kernel that can be launched."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import source
+from .gpu import Gpu
+from .source import Kernel
+
+if TYPE_CHECKING:
+    import cupy
+
+# CuPy appends the same two to every compilation of its own.
+_OPTIONS = ("--std=c++17", "-ftz=true")
+_STATIC_LIMIT = 48 * 1024  # bytes of shared memory a kernel gets without asking
+
+_kernels: dict[tuple[Kernel, Gpu, int, int], cupy.RawKernel] = {}
+_lock = threading.Lock()
+_in_progress: dict[tuple[Kernel, Gpu, int, int], threading.Lock] = {}
+
+
+def load(kernel: Kernel, gpu: Gpu, shared_memory: int) -> cupy.RawKernel:
+    """The kernel, compiled for `gpu` and loaded on CuPy's current device.
+
+    Kept in memory for the process, and by CuPy on disk. Threads that ask for the same kernel wait
+    for one compilation; different kernels compile side by side.
+    """
+    import cupy
+
+    key = (kernel, gpu, cupy.cuda.runtime.getDevice(), shared_memory)
+    loaded = _kernels.get(key)
+    if loaded is not None:
+        return loaded
+    with _lock:
+        turn = _in_progress.setdefault(key, threading.Lock())
+    with turn:
+        if key not in _kernels:
+            _kernels[key] = _load(kernel, gpu, shared_memory)
+    return _kernels[key]
+
+
+def is_loaded(kernel: Kernel, gpu: Gpu, shared_memory: int) -> bool:
+    """Whether `load` would return at once."""
+    import cupy
+
+    return (kernel, gpu, cupy.cuda.runtime.getDevice(), shared_memory) in _kernels
+
+
+def _load(kernel: Kernel, gpu: Gpu, shared_memory: int) -> cupy.RawKernel:
+    import cupy
+
+    _require_nvrtc()
+    if gpu.forced:
+        module = _load_as_older(kernel, gpu.arch)
+    else:
+        module = cupy.RawModule(code=source.text(kernel))
+    loaded = module.get_function(kernel.entry)
+    if shared_memory > _STATIC_LIMIT:
+        loaded.max_dynamic_shared_size_bytes = shared_memory
+    return loaded
+
+
+def _load_as_older(kernel: Kernel, arch: int) -> cupy.RawModule:
+    """The PTX of an older architecture, which the driver turns into code for this GPU.
+
+    CuPy's own compilation cannot do this: it appends its `-arch`, and the last one wins.
+    """
+    import cupy
+
+    ptx, _ = _nvrtc(kernel, f"-arch=compute_{arch}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_bytes(ptx)
+        module = cupy.RawModule(path=str(path))
+        module.get_function(kernel.entry)  # loads the file while it is there
+    return module
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """Machine code of one architecture and what its assembler reported."""
+
+    code: bytes
+    log: str
+    registers: int
+    spills: int  # bytes a thread, stores and loads
+    static_shared_memory: int  # bytes a block
+
+
+def cubin(kernel: Kernel, arch: int) -> Cubin:
+    """Compiles for an architecture without loading: needs NVRTC, but no GPU and no driver."""
+    code, log = _nvrtc(kernel, f"-arch=sm_{arch}", "--ptxas-options=-v")
+    registers = re.search(r"Used (\d+) registers", log)
+    if registers is None:
+        raise RuntimeError(f"NVRTC reported no register count for {kernel}:\n{log}")
+    spills = re.findall(r"(\d+) bytes spill", log)
+    static = re.search(r"(\d+) bytes smem", log)
+    return Cubin(
+        code=code,
+        log=log,
+        registers=int(registers[1]),
+        spills=sum(map(int, spills)),
+        static_shared_memory=int(static[1]) if static else 0,
+    )
+
+
+def _nvrtc(kernel: Kernel, arch: str, *options: str) -> tuple[bytes, str]:
+    """PTX for `-arch=compute_XX`, a cubin for `-arch=sm_XX`, and the log."""
+    from cupy.cuda import nvrtc
+
+    _require_nvrtc()
+    program = nvrtc.createProgram(source.text(kernel), kernel.file, (), ())
+    try:
+        nvrtc.compileProgram(program, (arch, *_OPTIONS, *options))
+        code = nvrtc.getPTX(program) if "compute" in arch else nvrtc.getCUBIN(program)
+        return code, nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program)
+        raise RuntimeError(f"{kernel} does not compile with {arch}:\n{log}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _require_nvrtc() -> None:
+    """A sentence that says what to install, in place of a loader's message."""
+    from cupy.cuda import nvrtc
+
+    try:
+        nvrtc.getVersion()
+    except (RuntimeError, ImportError, OSError) as error:
+        raise RuntimeError(
+            "cuflash compiles its kernels with NVRTC, which was not found; "
+            "install it with: pip install 'cuflash[cuda13]' (or cuflash[cuda12] beside CuPy for CUDA 12)"
+        ) from error

@@ -1,0 +1,69 @@
+"""Plans, and launching them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from . import compile, gpu
+from .source import Kernel
+
+if TYPE_CHECKING:
+    import cupy
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch: which kernel, on what grid, and why.
+
+    Parameters
+    ----------
+    kernel : Kernel
+    grid : tuple of int
+        Blocks along x, y and z.
+    threads : int
+        Threads a block.
+    shared_memory : int
+        Dynamic shared memory in bytes a block.
+    bytes, operations : int
+        Device memory that must move, and floating-point operations, by the algorithm's count.
+    why : str
+        What made the planner choose this, with its measurement where one decided.
+    copies : tuple of str
+        Arguments that cannot be used in place and are copied once.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    threads: int
+    shared_memory: int
+    bytes: int
+    operations: int
+    why: str
+    copies: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        grid = " x ".join(map(str, self.grid))
+        return f"{self.kernel} grid {grid}, {self.threads} threads, {self.shared_memory} B shared"
+
+    def load(self) -> cupy.RawKernel:
+        """The compiled kernel on the current device."""
+        return compile.load(self.kernel, gpu.current(), self.shared_memory)
+
+
+def launch(plan: Plan, params: np.ndarray) -> None:
+    """Launches on CuPy's current device and stream.
+
+    Parameters
+    ----------
+    plan : Plan
+    params : ndarray
+        One element of the structured dtype that mirrors the kernel's ``Params``; the driver copies it.
+    """
+    from cupy.cuda.function import CPointer
+
+    if 0 in plan.grid:
+        return
+    arguments = (CPointer(params.ctypes.data),)
+    plan.load()(plan.grid, (plan.threads,), arguments, shared_mem=plan.shared_memory)

@@ -258,9 +258,10 @@ def refusal(example: ModuleType, capsys: pytest.CaptureFixture, *arguments: str)
     return capsys.readouterr().err
 
 
-def test_texts_must_be_strings(example, capsys, tmp_path):
+@pytest.mark.parametrize("content", ['["a", 1]', '{"a": "b"}', "[]"])
+def test_texts_must_be_a_list_of_strings(example, capsys, tmp_path, content):
     file = tmp_path / "texts.json"
-    file.write_text('["a", 1]', "utf-8")
+    file.write_text(content, "utf-8")
     assert "must hold a JSON list of strings" in refusal(example, capsys, "--texts", str(file))
 
 

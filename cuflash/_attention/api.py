@@ -154,14 +154,11 @@ def attention(
         out=out,
     )
     with caller:
-        allocate(caller, problem, operands)
+        result, lse = allocate(caller, problem, operands)
         _backend(caller).forward(problem, operands)
-    given_out, given_lse = _pair(out)
-    result = _give(caller, given_out, operands.out, one_head=operands.one_head)
     if not problem.return_lse:
-        return result
-    lse = _give(caller, given_lse, operands.lse, one_head=operands.one_head)
-    return AttentionResult(result, lse)
+        return caller.give(result)
+    return AttentionResult(caller.give(result), caller.give(lse))
 
 
 def merge_attention(outs: Sequence[Any], lses: Sequence[Any], *, out: Any = None) -> Any:
@@ -208,15 +205,14 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any], *, out: Any = None
     >>> np.allclose(merged.out, cuflash.attention(q, k, v))
     True
     """
-    caller, native_outs, native_lses, into, into_lse = prepare_merge(outs, lses, out=out)
+    caller, native_outs, native_lses, result, lse = prepare_merge(outs, lses, out=out)
     with caller:
-        if into is None:
-            into = caller.empty(native_outs[0].shape, native_outs[0].dtype)
-        if into_lse is None:
-            into_lse = caller.empty(native_lses[0].shape, native_lses[0].dtype)
-        _backend(caller).merge(native_outs, native_lses, into, into_lse)
-    given_out, given_lse = _pair(out)
-    return MergedAttention(_give(caller, given_out, into), _give(caller, given_lse, into_lse))
+        if result is None:
+            result = caller.empty(native_outs[0].shape, native_outs[0].dtype)
+        if lse is None:
+            lse = caller.empty(native_lses[0].shape, native_lses[0].dtype)
+        _backend(caller).merge(native_outs, native_lses, result, lse)
+    return MergedAttention(caller.give(result), caller.give(lse))
 
 
 def prepare(
@@ -270,19 +266,23 @@ def prepare(
         return_lse=return_lse,
     )
     shape = problem.out_shape[operands.one_head :]
-    given = check.given_outputs(native, outputs, shape, dtype)
-    operands.out, operands.lse = (
-        array[None] if operands.one_head and array is not None else array for array in given
-    )
+    operands.given = check.given_outputs(native, outputs, shape, dtype)
     return caller, problem, operands
 
 
-def allocate(caller: arrays.Caller, problem: Problem, operands: Operands) -> None:
-    """Make the outputs that the caller did not give; call it inside ``with caller``."""
-    if operands.out is None:
-        operands.out = caller.empty(problem.out_shape, operands.q.dtype)
-    if operands.lse is None and problem.return_lse:
-        operands.lse = caller.empty(problem.lse_shape, np.dtype(problem.lse_dtype))
+def allocate(caller: arrays.Caller, problem: Problem, operands: Operands) -> tuple[Any, Any]:
+    """Make the outputs that were not given; return (out, lse) with the caller's axes.
+
+    To be called inside ``with caller``.
+    """
+    out, lse = operands.given
+    if out is None:
+        out = caller.empty(problem.out_shape[operands.one_head :], operands.q.dtype)
+    if lse is None and problem.return_lse:
+        lse = caller.empty(problem.lse_shape[operands.one_head :], np.dtype(problem.lse_dtype))
+    operands.out = out[None] if operands.one_head else out
+    operands.lse = lse[None] if operands.one_head and lse is not None else lse
+    return out, lse
 
 
 def prepare_merge(
@@ -316,14 +316,3 @@ def _backend(caller: arrays.Caller) -> ModuleType:
     from . import cpu
 
     return cpu
-
-
-def _pair(out: Any) -> tuple[Any, Any]:
-    return out if isinstance(out, tuple) else (out, None)
-
-
-def _give(caller: arrays.Caller, given: Any, native: Any, *, one_head: bool = False) -> Any:
-    """Return what the caller gave for this result, or the new array as the caller's kind."""
-    if given is not None:
-        return given
-    return caller.give(native[0] if one_head else native)

@@ -28,7 +28,7 @@ LIMIT = 2**30
 
 def flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool)):
-        raise TypeError(f"{name} must be True or False, not {value!r}")
+        raise TypeError(f"`{name}` must be True or False, not {value!r}")
     return bool(value)
 
 
@@ -36,17 +36,19 @@ def scale(value: Any, head_dim: int) -> float:
     if value is None:
         return 1 / math.sqrt(head_dim)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"scale must be a real number or None, not {value!r}")
+        raise TypeError(f"`scale` must be a real number or None, not {value!r}")
     if not math.isfinite(value):
-        raise ValueError(f"scale must be finite, not {value!r}")
+        raise ValueError(f"`scale` must be finite, not {value!r}")
     return float(value)
 
 
 def precision(value: Any, dtype: str) -> str | None:
     if value not in (None, "tf32"):
-        raise ValueError(f'precision must be None or "tf32", not {value!r}')
+        raise ValueError(f'`precision` must be None or "tf32", not {value!r}')
     if value == "tf32" and dtype != "float32":
-        raise ValueError(f'precision must be None for {dtype} inputs, not "tf32": it is float32\'s')
+        raise ValueError(
+            f'`precision` must be None for {dtype} inputs, not "tf32": it is float32\'s'
+        )
     return value
 
 
@@ -54,11 +56,11 @@ def window_sides(window: Any) -> tuple[int | None, int | None]:
     """Return (left, right), None for a side without a bound."""
     sides = (window, window) if window is None or is_int(window) else window
     if not isinstance(sides, (tuple, list)) or not all(s is None or is_int(s) for s in sides):
-        raise TypeError(f"window must be an int, a pair (left, right) or None, not {window!r}")
+        raise TypeError(f"`window` must be an int, a pair (left, right) or None, not {window!r}")
     if len(sides) != 2 or any(s is not None and s < 0 for s in sides):
         raise ValueError(
-            f"window must be an int >= 0 or a pair (left, right), each an int >= 0 or None for no "
-            f"bound, not {window!r}"
+            f"`window` must be an int >= 0 or a pair (left, right), each an int >= 0 or None for "
+            f"no bound, not {window!r}"
         )
     left, right = (None if s is None or s >= LIMIT else int(s) for s in sides)
     return left, right
@@ -69,7 +71,7 @@ def int_or_array(name: str, value: Any) -> tuple[int | None, Any]:
     if is_int(value):
         return int(value), None
     if isinstance(value, (numbers.Number, np.generic, str, list, tuple)):
-        raise TypeError(f"{name} must be an int or an array of integers, not {value!r}")
+        raise TypeError(f"`{name}` must be an int or an array of integers, not {value!r}")
     return None, value
 
 
@@ -79,7 +81,7 @@ def is_int(value: Any) -> bool:
 
 def in_range(name: str, value: int, least: int, greatest: int) -> None:
     if not least <= value <= greatest:
-        raise ValueError(f"{name} must be from {least} to {greatest}, not {value}")
+        raise ValueError(f"`{name}` must be from {least} to {greatest}, not {value}")
 
 
 # Inputs.
@@ -87,12 +89,12 @@ def in_range(name: str, value: int, least: int, greatest: int) -> None:
 
 def array(name: str, value: Any, shape: tuple[int, ...], dtypes: Sequence[str]) -> None:
     if value is None:
-        raise TypeError(f"{name} must be an array, not None")
+        raise TypeError(f"`{name}` must be an array, not None")
     if value.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, not {value.shape}")
+        raise ValueError(f"`{name}` must have shape {shape}, not {value.shape}")
     dtype = arrays.dtype_name(value.dtype)
     if dtype not in dtypes:
-        raise TypeError(f"{name} must have dtype {' or '.join(dtypes)}, not {dtype}")
+        raise TypeError(f"`{name}` must have dtype {' or '.join(dtypes)}, not {dtype}")
 
 
 def common_dtype(native: dict[str, Any], names: Sequence[str]) -> str:
@@ -100,15 +102,15 @@ def common_dtype(native: dict[str, Any], names: Sequence[str]) -> str:
     found = []
     for name in names:
         if native[name] is None:
-            raise TypeError(f"{name} must be an array, not None")
+            raise TypeError(f"`{name}` must be an array, not None")
         dtype = arrays.dtype_name(native[name].dtype)
         if dtype not in DTYPES:
-            raise TypeError(f"{name} must have dtype {' or '.join(DTYPES)}, not {dtype}")
+            raise TypeError(f"`{name}` must have dtype {' or '.join(DTYPES)}, not {dtype}")
         found.append(dtype)
         if dtype != found[0]:
             raise TypeError(
-                f"{name} must have the dtype of {names[0]}, {found[0]}, not {dtype}: convert one "
-                f"of them with astype"
+                f"`{name}` must have the dtype of `{names[0]}`, {found[0]}, not {dtype}: convert "
+                f"one of them with astype"
             )
     return found[0]
 
@@ -121,8 +123,8 @@ def inputs(native: dict[str, Any]) -> Operands:
     for name, each in (("q", q), ("k", k), ("v", v)):
         if each.ndim < 2 or (each.ndim == 2) != one_head:
             raise ValueError(
-                f"{name} must have shape (..., heads, length, head_dim), or each of q, k and v "
-                f"(length, head_dim), but {shapes}"
+                f"`{name}` must have shape (..., heads, length, head_dim), or each of `q`, `k` and "
+                f"`v` (length, head_dim), but {shapes}"
             )
     if one_head:
         q, k, v = q[None], k[None], v[None]
@@ -132,10 +134,13 @@ def inputs(native: dict[str, Any]) -> Operands:
         batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     except ValueError:
         raise ValueError(
-            f"q, k and v must have batch axes (those before heads) that broadcast, but {shapes}"
+            f"`q`, `k` and `v` must have batch axes (those before heads) that broadcast, but "
+            f"{shapes}"
         ) from None
     return Operands(
-        *(_broadcast(each, batch + each.shape[-3:]) for each in (q, k, v)),
+        q=_broadcast(q, batch + q.shape[-3:]),
+        k=_broadcast(k, batch + k.shape[-3:]),
+        v=_broadcast(v, batch + v.shape[-3:]),
         q_start=_per_batch("q_start", native["q_start"], batch),
         kv_lengths=_per_batch("kv_lengths", native["kv_lengths"], batch),
         one_head=one_head,
@@ -146,18 +151,18 @@ def _lengths_and_dims(q: Any, k: Any, v: Any, shapes: str) -> None:
     for name, each in (("q", q), ("k", k), ("v", v)):
         if not 1 <= each.shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(
-                f"{name} must have a head_dim (last axis) from 1 to {MAX_HEAD_DIM}, not "
+                f"`{name}` must have a head_dim (last axis) from 1 to {MAX_HEAD_DIM}, not "
                 f"{each.shape[-1]}: {shapes}"
             )
         if each.shape[-2] >= LIMIT:
-            raise ValueError(f"{name} must have a length below 2**30, but {shapes}")
+            raise ValueError(f"`{name}` must have a length below 2**30, but {shapes}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(
-            f"k must have q's head_dim (last axis), {q.shape[-1]}, not {k.shape[-1]}: {shapes}"
+            f"`k` must have q's head_dim (last axis), {q.shape[-1]}, not {k.shape[-1]}: {shapes}"
         )
     if v.shape[-2] != k.shape[-2]:
         raise ValueError(
-            f"v must have k's length (next to last axis), {k.shape[-2]}, not {v.shape[-2]}: "
+            f"`v` must have k's length (next to last axis), {k.shape[-2]}, not {v.shape[-2]}: "
             f"{shapes}"
         )
 
@@ -165,10 +170,12 @@ def _lengths_and_dims(q: Any, k: Any, v: Any, shapes: str) -> None:
 def _heads(q: Any, k: Any, v: Any, shapes: str) -> None:
     heads, kv_heads = q.shape[-3], k.shape[-3]
     if v.shape[-3] != kv_heads:
-        raise ValueError(f"v must have as many heads as k, {kv_heads}, not {v.shape[-3]}: {shapes}")
+        raise ValueError(
+            f"`v` must have as many heads as k, {kv_heads}, not {v.shape[-3]}: {shapes}"
+        )
     if heads % kv_heads if kv_heads else heads:
         raise ValueError(
-            f"q must have a multiple of k's {kv_heads} heads, not {heads} heads: {shapes}"
+            f"`q` must have a multiple of k's {kv_heads} heads, not {heads} heads: {shapes}"
         )
 
 
@@ -177,12 +184,12 @@ def _per_batch(name: str, values: Any, batch: tuple[int, ...]) -> Any:
         return None
     if values.dtype.kind not in "iu":
         dtype = arrays.dtype_name(values.dtype)
-        raise TypeError(f"{name} must be an int or an array of integers, not of {dtype}")
+        raise TypeError(f"`{name}` must be an int or an array of integers, not of {dtype}")
     try:
         return _broadcast(values, batch)
     except ValueError:
         raise ValueError(
-            f"{name} must have a shape that broadcasts to the batch axes, {batch}, not "
+            f"`{name}` must have a shape that broadcasts to the batch axes, {batch}, not "
             f"{values.shape}"
         ) from None
 
@@ -240,9 +247,9 @@ def named_outputs(out: Any, *, both: bool) -> dict[str, Any]:
     if not isinstance(out, tuple):
         return {"out": out}
     if not both:
-        raise TypeError("out must be one array, not a tuple, unless return_lse=True")
+        raise TypeError("`out` must be one array, not a tuple, unless return_lse=True")
     if len(out) != 2:
-        raise ValueError(f"out must be one array or a pair (out, lse), not a tuple of {len(out)}")
+        raise ValueError(f"`out` must be one array or a pair (out, lse), not a tuple of {len(out)}")
     return {"out[0]": out[0], "out[1]": out[1]}
 
 
@@ -267,17 +274,17 @@ def _own_memory(name: str, native: dict[str, Any]) -> None:
         return
     if out.ndim and out.shape[-1] > 1 and out.strides[-1] != out.itemsize:
         raise ValueError(
-            f"{name} must have a contiguous last axis, a stride of {out.itemsize} bytes, but its "
+            f"`{name}` must have a contiguous last axis, a stride of {out.itemsize} bytes, but its "
             f"strides are {out.strides}"
         )
     if _overlaps_itself(out):
         raise ValueError(
-            f"{name} must have memory of its own for every element, but its shape is {out.shape} "
+            f"`{name}` must have memory of its own for every element, but its shape is {out.shape} "
             f"and its strides are {out.strides}"
         )
     for other, values in native.items():
         if other != name and values is not None and arrays.may_share_memory(out, values):
-            raise ValueError(f"{name} must not overlap {other} in memory")
+            raise ValueError(f"`{name}` must not overlap `{other}` in memory")
 
 
 def _overlaps_itself(out: Any) -> bool:
@@ -296,10 +303,12 @@ def _overlaps_itself(out: Any) -> bool:
 def parts(outs: Any, lses: Any) -> None:
     for name, value in (("outs", outs), ("lses", lses)):
         if not isinstance(value, (list, tuple)):
-            raise TypeError(f"{name} must be a list or tuple of arrays, not {type(value).__name__}")
+            raise TypeError(
+                f"`{name}` must be a list or tuple of arrays, not {type(value).__name__}"
+            )
     if not outs or len(outs) != len(lses):
         raise ValueError(
-            f"outs and lses must have one array for each part, at least one, but outs has "
+            f"`outs` and `lses` must have one array for each part, at least one, but outs has "
             f"{len(outs)} and lses {len(lses)}"
         )
 
@@ -308,7 +317,7 @@ def part_shape(first: Any) -> tuple[int, ...]:
     shape = first.shape
     if len(shape) < 2 or not 1 <= shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(
-            f"outs[0] must have shape (..., heads, len_q, d_v), d_v from 1 to {MAX_HEAD_DIM}, "
+            f"`outs[0]` must have shape (..., heads, len_q, d_v), d_v from 1 to {MAX_HEAD_DIM}, "
             f"not {shape}"
         )
     return shape

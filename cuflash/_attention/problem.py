@@ -61,7 +61,7 @@ class Operands:
     """The arrays of a call, all of one library, with every axis the Problem names.
 
     Batch axes are broadcast by strides of 0; nothing has been copied, so strides are the caller's.
-    ``out`` and ``lse`` are None until they are given or allocated.
+    ``out`` and ``lse`` stand ready once api.allocate has been called.
     """
 
     q: Any  # [*batch, heads, len_q, head_dim]
@@ -71,4 +71,5 @@ class Operands:
     lse: Any = None  # [*batch, heads, len_q], or None when not wanted
     q_start: Any = None  # [*batch], any integer dtype, or None
     kv_lengths: Any = None  # [*batch], any integer dtype, or None
-    one_head: bool = False  # the caller's arrays are 2-D: results go back without the heads axis
+    one_head: bool = False  # the caller's arrays are 2-D, without the axis of heads
+    given: tuple[Any, Any] = (None, None)  # the outputs that the caller passed, with their axes

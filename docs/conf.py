@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from importlib.metadata import version as installed_version
-from pathlib import Path
-
-from docutils import nodes
-from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
 
 project = "cuflash"
 author = "cuflash contributors"
@@ -60,33 +54,3 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-
-
-class Recorded(SphinxDirective):
-    """``.. recorded:: KIND`` shows what ``python -m bench KIND`` has left in the docs.
-
-    Tables lie in ``docs/tables/KIND*.rst`` and plots in ``docs/figures/KIND*.svg``. Where nothing
-    has been recorded yet, the page says so instead of pretending.
-    """
-
-    required_arguments = 1
-
-    def run(self) -> list[nodes.Node]:
-        docs = Path(self.env.srcdir)
-        kind = self.arguments[0]
-        tables = sorted(docs.glob(f"tables/{kind}*.rst"))
-        figures = sorted(docs.glob(f"figures/{kind}*.svg"))
-        lines: list[str] = []
-        for figure in figures:
-            name = re.sub(r"[-_]+", " ", figure.stem)
-            lines += [f".. image:: /figures/{figure.name}", f"   :alt: {name}", "   :width: 100%", ""]
-        for table in tables:
-            self.env.note_dependency(str(table))
-            lines += [*table.read_text(encoding="utf-8").splitlines(), ""]
-        if not lines:
-            lines = [f"Nothing has been recorded yet for ``python -m bench {kind}``."]
-        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
-
-
-def setup(app: Sphinx) -> None:
-    app.add_directive("recorded", Recorded)

@@ -195,7 +195,7 @@ def test_api_page_lists_every_public_name():
     page = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
     listed = [
         n
-        for block in re.findall(r":toctree: api\n(?:\s+:.*\n)*\n((?:\s+\w+\n)+)", page)
+        for block in re.findall(r":toctree: api\n(?:\s+:.*\n)*\n((?: +\w+\n)+)", page)
         for n in block.split()
     ]
     assert sorted(listed) == sorted(PUBLIC)
@@ -220,6 +220,19 @@ def test_environment_table_lists_every_variable():
     texts = [path.read_text(encoding="utf-8", errors="ignore") for path in sources()]
     used = {name for text in texts for name in re.findall(r"\bCUFLASH_[A-Z][A-Z_]*[A-Z]\b", text)}
     assert sorted(listed) == sorted(used)
+
+
+def test_pages_name_files_that_exist():
+    named = re.compile(
+        r"(?<![\w/<>])((?:cuflash|tests|bench|docs|_attention|_softmax|device|jit)/[\w/.]+\.\w+)"
+    )
+    missing = [
+        f"{page}: {path}"
+        for page in PAGES
+        for path in named.findall((ROOT / page).read_text(encoding="utf-8"))
+        if not (ROOT / path).exists() and not (ROOT / "cuflash" / path).exists()
+    ]
+    assert missing == []
 
 
 def test_readme_points_at_files_that_exist():

@@ -1,0 +1,111 @@
+"""Attention forward: 4 B H N^2 d operations (half of them when causal), 16,384 tokens a batch."""
+
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from . import peers
+from .contest import OURS, Entry, Piece, host_times
+from .timing import Contestant, Stopwatch
+
+UNIT, OVER = "TFLOP/s", "N"  # what is reported, and what it is drawn over
+SECONDS = 80.0  # for the default sweep; least rounds and the start come on top
+TOKENS, WIDTH = 16384, 2048
+DIMS, LENGTHS = (64, 128), (1024, 4096, 16384)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: the same tokens and the same width whatever the length and the head_dim."""
+
+    dtype: str
+    head_dim: int
+    length: int
+    causal: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        batch, heads = max(1, TOKENS // self.length), max(1, WIDTH // self.head_dim)
+        return batch, heads, self.length, self.head_dim
+
+    @property
+    def work(self) -> float:
+        batch, heads, n, d = self.shape
+        return 4 * batch * heads * n * n * d / (2 if self.causal else 1)
+
+    def labels(self) -> dict[str, str | int]:
+        causal = "yes" if self.causal else "no"
+        return {"dtype": self.dtype, "d": self.head_dim, "N": self.length, "causal": causal}
+
+    def build(self, stopwatch: Stopwatch) -> Entry:
+        q, k, v = (stopwatch.normal(self.shape, self.dtype) for _ in range(3))
+        contestants = [ours(q, k, v, self.causal), *peers.attention(q, k, v, causal=self.causal)]
+        return Entry(contestants, pieces(q, k, v, self.causal), peers.matmul(stopwatch, self.dtype))
+
+
+def cases(options: Namespace) -> list[Case]:
+    """Return the cases asked for; by default half types everywhere, wide ones at one length."""
+    causals = [c == "yes" for c in options.causal or ("no", "yes")]
+    dims, lengths = options.d or DIMS, options.n or ((4096,) if options.quick else LENGTHS)
+    dtypes = options.dtype or (("bfloat16",) if options.quick else ("bfloat16", "float16"))
+    found = [Case(*c) for c in product(dtypes, dims, lengths, causals)]
+    if not (options.dtype or options.d or options.n or options.causal or options.quick):
+        found += [Case("float32", d, 4096, causal) for d in DIMS for causal in causals]
+        found.append(Case("float64", 128, 4096, False))
+    return found
+
+
+def ours(q: Any, k: Any, v: Any, causal: bool) -> Contestant:
+    import cuflash
+
+    return Contestant(OURS, lambda: cuflash.attention(q, k, v, causal=causal))
+
+
+def host(stopwatch: Stopwatch) -> dict[str, dict[str, float]]:
+    """Time the host on a problem so small that the GPU never holds it up."""
+    q, k, v = (stopwatch.normal((1, 4, 64, 64), "float16") for _ in range(3))
+    contestants = [ours(q, k, v, True), *peers.attention(q, k, v, causal=True)]
+    return {"attention": host_times(contestants, stopwatch)}
+
+
+def pieces(q: Any, k: Any, v: Any, causal: bool) -> list[Piece]:
+    """Return a few rows of the first and of the last head."""
+    n, found = q.shape[-2], []
+    for b, h in ((0, 0), (q.shape[0] - 1, q.shape[1] - 1)):
+        keys, values = peers.to_host(k[b, h]), peers.to_host(v[b, h])
+        for start in (0, n // 2, max(0, n - 8)):
+            place = (b, h, slice(start, min(start + 8, n)))
+            rows, first = peers.to_host(q[place]), start if causal else None
+            found.append((place, *reference(rows, keys, values, first, str(q.dtype))))
+    return found
+
+
+def reference(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int | None, dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of attention in float64, and the error allowed in each row.
+
+    Allowed is twice the error of arithmetic that keeps scores and sums in float32 and rounds
+    the weights and the result to the dtype, and a floor for rows where that happens to be exact.
+    `first` is the number of the first row if causal.
+    """
+    scores = q @ k.T / math.sqrt(q.shape[-1])
+    if first is not None:
+        rows = first + np.arange(len(q))[:, None]
+        scores = np.where(np.arange(len(k)) <= rows, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1, keepdims=True)
+    right = weights @ v / total
+
+    kind, wide = np.dtype(dtype), np.float64 if dtype == "float64" else np.float32
+    plain = np.exp((scores - scores.max(-1, keepdims=True)).astype(wide))
+    base = plain.astype(kind).astype(wide) @ v.astype(wide) / plain.sum(-1, keepdims=True)
+    error = np.abs(base.astype(kind).astype(np.float64) - right).max(-1, keepdims=True)
+    # In half types the rounded weights dominate; in wide ones the scores' own rounding does.
+    floor = (0.125 if kind.itemsize == 2 else 8) * float(ml_dtypes.finfo(kind).eps)
+    return right, 2 * error + floor * (weights @ np.abs(v) / total).max(-1, keepdims=True)

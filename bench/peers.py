@@ -1,0 +1,167 @@
+"""Who else computes the same, each only where it is installed.
+
+PyTorch and JAX look at the same memory as the CuPy arrays, through DLPack.
+"""
+
+import importlib
+import math
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from .timing import Contestant, Stopwatch
+
+# JAX would otherwise take most of the GPU's memory at its first touch.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+MATMUL_SIZE = 8192
+
+
+@cache
+def find(name: str) -> Any:
+    """Import a module, or return None where that fails for whatever reason."""
+    try:
+        return importlib.import_module(name)
+    except Exception:
+        return None
+
+
+@cache
+def torch_with_gpu() -> Any:
+    torch = find("torch")
+    return torch if torch is not None and torch.cuda.is_available() else None
+
+
+@cache
+def jax_with_gpu() -> Any:
+    jax = find("jax")
+    try:
+        return jax if jax is not None and jax.default_backend() == "gpu" else None
+    except RuntimeError:
+        return None
+
+
+def as_torch(array: Any) -> Any:
+    """View a CuPy array as a tensor; bfloat16 crosses as int16, which every version takes."""
+    torch = torch_with_gpu()
+    if array.dtype == "bfloat16":
+        return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_dlpack(array)
+
+
+def as_jax(array: Any) -> Any:
+    """View a CuPy array as a JAX array, bfloat16 by way of int16 again."""
+    jax = jax_with_gpu()
+    if array.dtype == "bfloat16":
+        bits = jax.numpy.from_dlpack(array.view(np.int16))
+        return jax.lax.bitcast_convert_type(bits, jax.numpy.bfloat16)
+    return jax.numpy.from_dlpack(array)
+
+
+def to_host(part: Any) -> np.ndarray:
+    """Copy a piece of anybody's result to the host, as float64."""
+    if type(part).__module__.startswith("torch"):
+        return part.double().cpu().numpy()
+    if type(part).__module__.startswith("cupy"):
+        return part.astype(np.float64).get()
+    return np.asarray(part).astype(np.float64)
+
+
+def free_memory() -> None:
+    """Return cached memory to the driver: the libraries' pools do not see one another."""
+    import cupy
+
+    cupy.get_default_memory_pool().free_all_blocks()
+    if torch_with_gpu():
+        torch_with_gpu().cuda.empty_cache()
+
+
+@cache
+def matmul(stopwatch: Stopwatch, dtype: str) -> tuple[Contestant, int]:
+    """Return a large matrix product, the ceiling of attention, and its operations."""
+    a, b = (stopwatch.normal((MATMUL_SIZE, MATMUL_SIZE), dtype) for _ in range(2))
+    operations = 2 * MATMUL_SIZE**3
+    if torch := torch_with_gpu():
+        s, t = as_torch(a), as_torch(b)
+        return Contestant("matmul", lambda: torch.mm(s, t)), operations
+    return Contestant("matmul", lambda: a @ b), operations
+
+
+def attention(q: Any, k: Any, v: Any, *, causal: bool) -> list[Contestant]:
+    """Return the peers of attention that suit these CuPy arrays."""
+    dtype = str(q.dtype)
+    half = dtype in ("float16", "bfloat16")
+    found = []
+    if torch_with_gpu():
+        fused = [("FA2", "FLASH_ATTENTION"), ("cuDNN", "CUDNN_ATTENTION")]
+        single = [("mem-efficient", "EFFICIENT_ATTENTION")]
+        backends = fused if half else single if dtype == "float32" else [("torch math", "MATH")]
+        found += [_sdpa(name, backend, q, k, v, causal) for name, backend in backends]
+    if dtype == "bfloat16" and jax_with_gpu():
+        found.append(_jax_attention(q, k, v, causal))
+    if find("cupyx.scipy.special") and q.shape[-2] <= 4096:  # it holds the N x N scores
+        found.append(_unfused(q, k, v, causal))
+    return found
+
+
+def _sdpa(name: str, backend: str, q: Any, k: Any, v: Any, causal: bool) -> Contestant:
+    torch, nn = torch_with_gpu(), find("torch.nn.attention")
+    tensors = cache(lambda: [as_torch(x) for x in (q, k, v)])
+
+    def scope() -> AbstractContextManager:
+        return nn.sdpa_kernel(getattr(nn.SDPBackend, backend))
+
+    def call() -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(*tensors(), is_causal=causal)
+
+    return Contestant(name, call, scope)
+
+
+def _jax_attention(q: Any, k: Any, v: Any, causal: bool) -> Contestant:
+    jax = jax_with_gpu()
+
+    @jax.jit
+    def forward(q: Any, k: Any, v: Any) -> Any:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+
+    # Its layout is (batch, length, heads, d): it gets that, not a transpose in its time.
+    arrays = cache(lambda: [as_jax(x.swapaxes(1, 2).copy()) for x in (q, k, v)])
+    return Contestant(
+        "JAX cuDNN",
+        lambda: forward(*arrays()),
+        wait=lambda result: result.block_until_ready(),
+        view=lambda result: result.swapaxes(1, 2),
+    )
+
+
+def _unfused(q: Any, k: Any, v: Any, causal: bool) -> Contestant:
+    import cupy
+
+    softmax = find("cupyx.scipy.special").softmax
+    n, scale = q.shape[-2], 1 / math.sqrt(q.shape[-1])
+    mask = cupy.where(cupy.tri(n, dtype=bool), 0, -math.inf).astype(q.dtype) if causal else None
+
+    def call() -> Any:
+        scores = q @ k.swapaxes(-1, -2)
+        scores *= scale
+        if mask is not None:
+            scores += mask
+        return softmax(scores, axis=-1) @ v
+
+    return Contestant("CuPy unfused", call)
+
+
+def softmax(operation: str, x: Any, axis: int) -> list[Contestant]:
+    """Return the peers of softmax or logsumexp along one axis of a CuPy array."""
+    found: list[Contestant] = []
+    if torch := torch_with_gpu():
+        tensor, theirs = cache(lambda: as_torch(x)), getattr(torch, operation)
+        found.append(Contestant("torch", lambda: theirs(tensor(), axis)))
+    special: Callable | None = getattr(find("cupyx.scipy.special"), operation, None)
+    if special:
+        found.append(Contestant("CuPy", lambda: special(x, axis=axis)))
+    return found

@@ -1,0 +1,144 @@
+"""One run's numbers as a table on the terminal, JSON, a table for the docs and a plot."""
+
+import json
+from pathlib import Path
+
+from .contest import OURS
+from .environment import CHECKOUT, slug
+
+RESULTS, TABLES, FIGURES = (CHECKOUT / p for p in ("bench/results", "docs/tables", "docs/figures"))
+SCALE = 1e-12  # operations and bytes a second are shown as TFLOP/s and TB/s
+
+
+def table(run: dict) -> list[list[str]]:
+    """Return the header and one row a case; a peer's cell is its time over ours, and its rate."""
+    names = list(dict.fromkeys(name for c in run["cases"] for name in c["errors"] if name != OURS))
+    rows = [[*run["cases"][0]["case"], "time", run["unit"], "of ceiling", *names]]
+    for case in run["cases"]:
+        mine, cells = case["times"].get(OURS), ["WRONG", "", ""]
+        if mine:
+            share = f"{mine['rate'] / case['ceiling']:.2f}" if case["ceiling"] else ""
+            cells = [f"{mine['seconds'] * 1e6:.1f} us", _rate(mine["rate"]), share]
+            cells += [_beside(mine, case["times"].get(name)) for name in names]
+        rows.append([*map(str, case["case"].values()), *cells])
+    return rows
+
+
+def _beside(mine: dict, peer: dict | None) -> str:
+    return f"{peer['seconds'] / mine['seconds']:.2f} x ({_rate(peer['rate'])})" if peer else "-"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate * SCALE:.3g}"
+
+
+def summary(run: dict) -> list[str]:
+    """Return where it was measured, the ceilings and the host's times, one line each."""
+    where = run["environment"]
+    commit = (where["commit"] or "unknown")[:12]
+    ceilings = [f"{name} {_rate(rate)} TB/s" for name, rate in run["bandwidths"].items()]
+    if run["unit"] == "TFLOP/s":
+        rates: dict[str, list[float]] = {}
+        for case in run["cases"]:
+            rates.setdefault(case["case"]["dtype"], []).append(case["ceiling"] or 0.0)
+        for dtype, r in rates.items():
+            ceilings.append(f"{dtype} matmul {_rate(min(r))} to {_rate(max(r))} TFLOP/s")
+    lines = [
+        f"{where['gpu']}, driver {where['driver']}, commit {commit}, {where['date'][:10]}",
+        ", ".join(f"{name} {version}" for name, version in where["versions"].items()),
+        f"Ceilings measured in this run: {', '.join(ceilings)}",
+    ]
+    for call, times in run["host"].items():
+        each = ", ".join(f"{name} {seconds * 1e6:.1f} us" for name, seconds in times.items())
+        lines.append(f"Host time of an eager call, {call}: {each}")
+    return lines
+
+
+def show(run: dict) -> None:
+    """Print the table, what was left out, and the summary."""
+    rows = table(run)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+    reasons = {(name, why) for c in run["cases"] for name, why in c["left_out"].items()}
+    for name, why in sorted(reasons):
+        print(f"left out: {name}: {why}")
+    print(*summary(run), sep="\n")
+
+
+def save(run: dict, folder: Path | None) -> None:
+    """Write a run into a folder; without one into the checkout: results, tables and figures."""
+    home = folder or RESULTS / slug(run["environment"]["gpu"])
+    home.mkdir(parents=True, exist_ok=True)
+    (home / f"{run['room']}.json").write_text(json.dumps(run, indent=1) + "\n")
+    redraw(run["room"], folder)
+
+
+def redraw(room: str, folder: Path | None) -> int:
+    """Draw the tables and the plots of a room from its JSON files; return how many there are."""
+    tables, figures = folder or TABLES, folder or FIGURES
+    found = sorted(folder.glob(f"{room}.json") if folder else RESULTS.glob(f"*/{room}.json"))
+    for path in found:
+        run = json.loads(path.read_text())
+        name = f"{room}-{slug(run['environment']['gpu'])}"
+        tables.mkdir(parents=True, exist_ok=True)
+        figures.mkdir(parents=True, exist_ok=True)
+        (tables / f"{name}.rst").write_text(rst(run))
+        plot(run, figures / f"{name}.svg")
+    return len(found)
+
+
+def rst(run: dict) -> str:
+    """Return one run for the docs: the table, and where it was measured."""
+    header, *rows = (", ".join(f'"{cell}"' for cell in row) for row in table(run))
+    title = f"{run['room'].capitalize()} on {run['environment']['gpu']}"
+    lines = [f".. csv-table:: {title}", f"   :header: {header}", ""]
+    lines += [*(f"   {row}" for row in rows), "", *(f"- {line}" for line in summary(run)), ""]
+    return "\n".join(lines)
+
+
+def plot(run: dict, path: Path) -> None:
+    """Draw everybody's rate over the length, one panel for what else differs."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # A fixed salt: the same numbers give the same file.
+    matplotlib.rcParams.update({"svg.hashsalt": "cuflash", "font.size": 8})
+    from matplotlib import pyplot
+
+    panels = _panels(run)
+    wide = min(len(panels), 4 if len(panels) % 5 else 5)
+    high = -(-len(panels) // wide)
+    figure, axes = pyplot.subplots(
+        high, wide, squeeze=False, sharey=True, figsize=(1 + 2.4 * wide, 1 + 2 * high)
+    )
+    for panel, (title, lines) in zip(axes.flat, panels.items()):
+        for name, points in lines.items():
+            style = {"color": "gray", "linestyle": "--"} if name == "ceiling" else {"marker": "."}
+            style |= {"color": "black", "linewidth": "2"} if name == OURS else {}
+            panel.plot(*zip(*sorted(points)), label=name, **style)
+        panel.set(title=title, xscale="log", ylim=(0, None))
+    for panel in axes.flat[len(panels) :]:
+        panel.axis("off")
+    figure.supylabel(run["unit"])
+    figure.supxlabel(run["over"])
+    labels = {k: h for p in axes.flat for h, k in zip(*p.get_legend_handles_labels())}
+    figure.legend(labels.values(), labels, loc="outside upper center", ncols=6, frameon=False)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _panels(run: dict) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Group the cases: panel -> contestant -> (length, rate); lone samples are for the table."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for case in run["cases"]:
+        labels = dict(case["case"])
+        length = labels.pop(run["over"])
+        words = [v if k in ("call", "dtype") else f"{k} {v}" for k, v in labels.items()]
+        lines = panels.setdefault(", ".join(words), {})
+        for name, time in [*case["times"].items(), ("ceiling", {"rate": case["ceiling"]})]:
+            if time["rate"]:
+                lines.setdefault(name, []).append((length, time["rate"] * SCALE))
+    full = {t: p for t, p in panels.items() if max(map(len, p.values()), default=0) > 2}
+    return full or panels

@@ -30,9 +30,7 @@ PAGES = ["README.md"] + [
     for page in sorted((ROOT / "docs").rglob("*.rst"))
     if page.relative_to(ROOT / "docs").parts[0] not in GENERATED
 ]
-PUBLIC = [
-    name for name, value in vars(cuflash).items() if inspect.isfunction(value) and name[0] != "_"
-]
+PUBLIC = sorted(cuflash.__all__)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -233,6 +231,13 @@ def test_pages_name_files_that_exist():
         if not (ROOT / path).exists() and not (ROOT / "cuflash" / path).exists()
     ]
     assert missing == []
+
+
+def test_pages_name_tests_that_exist():
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for path, name in re.findall(r"(tests/\w+\.py)::(test_\w+)", text):
+            assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{page}: {name}"
 
 
 def test_readme_points_at_files_that_exist():

@@ -143,13 +143,13 @@ def _unfused(q: Any, k: Any, v: Any, causal: bool) -> Contestant:
 
     softmax = find("cupyx.scipy.special").softmax
     n, scale = q.shape[-2], 1 / math.sqrt(q.shape[-1])
-    mask = cupy.where(cupy.tri(n, dtype=bool), 0, -math.inf).astype(q.dtype) if causal else None
+    mask = cache(lambda: cupy.where(cupy.tri(n, dtype=bool), 0, -math.inf).astype(q.dtype))
 
     def call() -> Any:
         scores = q @ k.swapaxes(-1, -2)
         scores *= scale
-        if mask is not None:
-            scores += mask
+        if causal:
+            scores += mask()
         return softmax(scores, axis=-1) @ v
 
     return Contestant("CuPy unfused", call)

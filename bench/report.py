@@ -103,7 +103,7 @@ def plot(run: dict, path: Path) -> None:
 
     matplotlib.use("svg")
     # A fixed salt: the same numbers give the same file.
-    matplotlib.rcParams.update({"svg.hashsalt": "cuflash", "font.size": 8})
+    matplotlib.rcParams.update({"svg.hashsalt": "cuflash", "font.size": 8, "axes.titlesize": 7})
     from matplotlib import pyplot
 
     panels = _panels(run)

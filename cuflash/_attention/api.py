@@ -242,20 +242,22 @@ def prepare(
     dtype = check.common_dtype(native, ("q", "k", "v"))
     operands = check.inputs(native)
     check.integers(caller, operands, start, length)
-    operands.k, operands.v = operands.k[..., :length, :], operands.v[..., :length, :]
+    if length is not None:
+        operands.k, operands.v = operands.k[..., :length, :], operands.v[..., :length, :]
     left, right = check.useful_sides(operands, start, left, 0 if causal else right)
     if left is None and right is None:
         start = operands.q_start = None
     *batch, heads, len_q, head_dim = operands.q.shape
+    kv_heads, len_k, head_dim_v = operands.v.shape[-3:]
     problem = Problem(
         dtype=dtype,
         batch=tuple(batch),
         heads=heads,
-        kv_heads=operands.k.shape[-3],
+        kv_heads=kv_heads,
         len_q=len_q,
-        len_k=operands.k.shape[-2],
+        len_k=len_k,
         head_dim=head_dim,
-        head_dim_v=operands.v.shape[-1],
+        head_dim_v=head_dim_v,
         scale=check.scale(scale, head_dim),
         left=left,
         right=right,

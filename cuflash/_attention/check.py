@@ -35,7 +35,7 @@ def flag(name: str, value: Any) -> bool:
 def scale(value: Any, head_dim: int) -> float:
     if value is None:
         return 1 / math.sqrt(head_dim)
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`scale` must be a real number or None, not {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"`scale` must be finite, not {value!r}")

@@ -4,8 +4,9 @@ Nothing here is run. An `ignore` that mypy does not need is an error under --str
 that carries one must be refused by the public signatures.
 """
 
-import cuflash
 import numpy as np
+
+import cuflash
 
 q = np.zeros((8, 10, 64), np.float32)
 lengths = np.array([10])

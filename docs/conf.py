@@ -44,6 +44,7 @@ sphinx_gallery_conf = {
 html_theme = "pydata_sphinx_theme"
 html_title = "cuflash"
 html_show_sourcelink = False
+html_sidebars = {page: [] for page in ("index", "install", "start")}  # they have no sections
 html_theme_options = {
     "icon_links": [],
     "navbar_align": "left",

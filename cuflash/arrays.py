@@ -38,7 +38,7 @@ def take(
     *,
     outputs: Collection[str] = ("out",),
     sequences: bool = False,
-) -> tuple[Caller, dict[str, NativeArray | None]]:
+) -> tuple[Caller, dict[str, NativeArray]]:
     """Turn the arrays of one call into native ones.
 
     Parameters
@@ -66,14 +66,14 @@ def take(
         An output is read-only, or several of its elements are one place in memory.
     """
     caller: Caller | None = None
-    native: dict[str, NativeArray | None] = dict.fromkeys(arguments)
+    native: dict[str, NativeArray] = dict.fromkeys(arguments)
     for name, value in arguments.items():
         if value is None:
             continue
         kind = _EXACT.get(type(value)) or _kind_of(name, value, sequences)
         native[name] = array = kind.load(name, value, name in outputs)
         if array.dtype not in _NAMES:
-            _check_dtype(name, array.dtype)
+            check_dtype(name, array.dtype)
         device = kind.device_of(array)
         if caller is None:
             caller, first = kind(device), name
@@ -84,7 +84,7 @@ def take(
                 "on one device: convert one of them"
             )
         if name in outputs:
-            _check_output(name, array)
+            _check_output(name, array, kind)
             caller._originals[id(array)] = array, value
     if caller is None:
         raise TypeError(f"no array was passed: {', '.join(f'`{name}`' for name in arguments)}")
@@ -137,7 +137,7 @@ class Caller:
 
     def __init__(self, device: int) -> None:
         self.device = device
-        self._taken: tuple[NativeArray | None, ...] = ()
+        self._taken: tuple[NativeArray, ...] = ()
         # id of a native array -> the array, so that the id stays its own, and the caller's object.
         self._originals: dict[int, tuple[NativeArray, Any]] = {}
 
@@ -224,7 +224,6 @@ class HostJax(Caller):
 
     @staticmethod
     def load(name: str, value: Any, output: bool) -> NativeArray:
-        check_jax(name, value, output)
         return np.asarray(value)
 
     def _wrap(self, native: NativeArray) -> Any:
@@ -256,6 +255,7 @@ def _kind_of(name: str, value: Any, sequences: bool) -> type[Caller]:
     if is_jax_array(value):
         if isinstance(value, sys.modules["jax"].core.Tracer):
             raise TypeError(f"`{name}` is a JAX tracer; call outside jax.jit, jax.grad, jax.vmap")
+        check_dtype(name, value.dtype)  # random keys and the like are no arrays to anyone else
         return _gpu().GpuJax if _dlpack_on_gpu(name, value) else HostJax
     if getattr(value, "__cuda_ndarray__", False):
         return _gpu().GpuNumba
@@ -287,7 +287,7 @@ def _gpu() -> Any:
 # Checks
 
 
-def _check_dtype(name: str, dtype: Any) -> None:
+def check_dtype(name: str, dtype: Any) -> None:
     if str(dtype) == "bfloat16":
         _NAMES[dtype] = "bfloat16"
     elif dtype not in _NAMES:
@@ -301,7 +301,9 @@ def _unsupported(name: str, dtype: Any) -> TypeError:
     )
 
 
-def _check_output(name: str, array: NativeArray) -> None:
+def _check_output(name: str, array: NativeArray, kind: type[Caller]) -> None:
+    if kind.kind == "jax":
+        raise TypeError(f"`{name}` is a JAX array, which is immutable; leave `{name}` out")
     if isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"`{name}` is read-only; an output must be writable")
     shared = any(stride == 0 and length > 1 for stride, length in zip(array.strides, array.shape))
@@ -310,12 +312,6 @@ def _check_output(name: str, array: NativeArray) -> None:
             f"`{name}` must have memory of its own for every element, but its shape is "
             f"{array.shape} and its strides are {array.strides}"
         )
-
-
-def check_jax(name: str, value: Any, output: bool) -> None:
-    if output:
-        raise TypeError(f"`{name}` is a JAX array, which is immutable; leave `{name}` away")
-    _check_dtype(name, value.dtype)  # before NumPy sees keys and other extended dtypes
 
 
 def check_torch(name: str, tensor: Any) -> np.dtype:

@@ -11,7 +11,7 @@ from typing import Any
 import cupy as cp
 import numpy as np
 
-from .arrays import Caller, NativeArray, check_jax, check_torch, dtype_name, from_dlpack
+from .arrays import Caller, NativeArray, check_dtype, check_torch, dtype_name, from_dlpack
 
 
 class GpuCuPy(Caller):
@@ -117,11 +117,6 @@ class GpuJax(GpuDLPack):
 
     kind = "jax"
 
-    @staticmethod
-    def load(name: str, value: Any, output: bool) -> NativeArray:
-        check_jax(name, value, output)
-        return from_dlpack(name, value, cp)
-
     def _wrap(self, native: NativeArray) -> Any:
         with cp.cuda.Device(self.device):  # JAX waits for CuPy's current stream there
             return sys.modules["jax"].numpy.from_dlpack(native)
@@ -149,8 +144,9 @@ def _from_interface(name: str, value: Any, output: bool) -> NativeArray:
     pointer, read_only = interface["data"]
     if output and read_only:
         raise ValueError(f"`{name}` is read-only; an output must be writable")
-    device = -1 if pointer else cp.cuda.runtime.getDevice()  # -1: CuPy asks the driver whose it is
     dtype = np.dtype(interface["typestr"])
+    check_dtype(name, dtype)
+    device = -1 if pointer else cp.cuda.runtime.getDevice()  # -1: CuPy asks the driver whose it is
     array = _borrow(value, pointer, device, interface["shape"], dtype, interface.get("strides"))
     with cp.cuda.Device(array.data.device_id):
         # Without a stream it is the legacy default one, where Numba works unless told otherwise.
@@ -213,7 +209,7 @@ def _wait_for(producer: int) -> None:
 
 
 # What kernels may still be reading: an event recorded after the launch, and the arrays.
-_in_use: deque[tuple[Any, tuple[NativeArray | None, ...]]] = deque()
+_in_use: deque[tuple[Any, tuple[NativeArray, ...]]] = deque()
 
 
 def _release_finished() -> None:

@@ -76,7 +76,7 @@ def take(
             check_dtype(name, array.dtype)
         device = kind.device_of(array)
         if caller is None:
-            caller, first = kind(device), name
+            caller, first = kind(device, value), name
         elif type(caller) is not kind or caller.device != device:
             raise TypeError(
                 f"`{name}` is {kind.describe(device)}, but `{first}` is "
@@ -135,8 +135,9 @@ class Caller:
     kind: str
     on_gpu = False
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, first: Any) -> None:
         self.device = device
+        self._first = first
         self._taken: tuple[NativeArray, ...] = ()
         # id of a native array -> the array, so that the id stays its own, and the caller's object.
         self._originals: dict[int, tuple[NativeArray, Any]] = {}
@@ -227,8 +228,7 @@ class HostJax(Caller):
         return np.asarray(value)
 
     def _wrap(self, native: NativeArray) -> Any:
-        jax = sys.modules["jax"]
-        return jax.device_put(native, jax.local_devices(backend="cpu")[0])
+        return sys.modules["jax"].device_put(native, self._first.device)
 
 
 class HostDLPack(Caller):

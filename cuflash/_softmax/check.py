@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import arrays
+from .layout import address
 
 HALVES = ("float16", "bfloat16")
 
@@ -125,11 +126,4 @@ def _separate(name: str, native: dict[str, Any], may_be: str | None) -> None:
 
 def _is_same(a: Any, b: Any) -> bool:
     same = a.shape == b.shape and a.strides == b.strides and a.dtype == b.dtype
-    return bool(same and _address(a) == _address(b))
-
-
-def _address(array: Any) -> int:
-    if isinstance(array, np.ndarray):
-        return int(array.__array_interface__["data"][0])
-    return int(array.data.ptr)
-
+    return bool(same and address(a) == address(b))

@@ -1,0 +1,59 @@
+// Where the elements of a call lie: the folded axes of layout.py, and loads and stores of a vector of elements.
+#include "device/types.cuh"
+
+constexpr int kMaxAxes = 4;
+static_assert(kOuterAxes >= 1 && kOuterAxes <= kMaxAxes, "rows need 1 to 4 axes");
+static_assert(kReducedAxes >= 1 && kReducedAxes <= kMaxAxes, "a row needs 1 to 4 axes");
+
+using Score = Accumulator<Element>;
+
+// In elements, one stride for each folded axis, the densest axis last.
+struct Strides {
+  int64 outer[kMaxAxes];
+  int64 reduced[kMaxAxes];
+};
+
+struct Params {
+  const Element* x;        // [outer..., reduced...]
+  const Element* weights;  // [outer..., reduced...]; kWeighted
+  Result* out;             // [outer..., reduced...], or [outer...] with kReduces
+  Result* sign;            // [outer...]; kSigned
+  int64 rows;              // the product of the outer sizes
+  int64 columns;           // the product of the reduced sizes
+  int64 outer[kMaxAxes];   // sizes
+  int64 reduced[kMaxAxes];
+  Strides x_strides, weights_strides, out_strides, sign_strides;
+};
+
+// The offset of element `index` of axes that are numbered through. Index is 32 bits wide where that is enough: divisions
+// are what odd layouts cost.
+template <int kAxes>
+__device__ __forceinline__ int64 offset(Index index, const int64 (&sizes)[kMaxAxes], const int64 (&strides)[kMaxAxes]) {
+  int64 sum = 0;
+#pragma unroll
+  for (int axis = kAxes - 1; axis > 0; --axis) {
+    const Index size = Index(sizes[axis]);
+    const Index quotient = index / size;
+    sum += int64(index - quotient * size) * strides[axis];
+    index = quotient;
+  }
+  return sum + int64(index) * strides[0];
+}
+
+template <int N> __device__ __forceinline__ void load(const Element* from, Score* to) {
+  const Vector<Element, N> vector = *reinterpret_cast<const Vector<Element, N>*>(from);
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = widen(vector.at[i]);
+}
+
+template <int N> __device__ __forceinline__ void fill(Score value, Score* to) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = value;
+}
+
+template <int N> __device__ __forceinline__ void store(const Score* from, Result* to) {
+  Vector<Result, N> vector;
+#pragma unroll
+  for (int i = 0; i < N; ++i) vector.at[i] = narrow<Result>(from[i]);
+  *reinterpret_cast<Vector<Result, N>*>(to) = vector;
+}

@@ -1,0 +1,117 @@
+"""Where the elements of a call lie: its axes, folded to the few that need a stride of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .problem import Operands, Problem
+
+MAX_AXES = 4  # as in layout.cuh
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one array is walked. Strides are in elements, those of the last axes last."""
+
+    outer: tuple[int, ...]
+    reduced: tuple[int, ...]
+    itemsize: int
+    alignment: int  # of its address: the power of two that divides it, in bytes, at most 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folded axes: `outer` ones tell rows apart, `reduced` ones the elements of a row.
+
+    Both have from 1 to `MAX_AXES` axes unless the layout does not fold that far (`fits`). The last
+    axis of each is the one along which x lies densest.
+    """
+
+    outer: tuple[int, ...]
+    reduced: tuple[int, ...]
+    x: Placement
+    out: Placement
+    weights: Placement | None = None
+    sign: Placement | None = None
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.outer)
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.reduced)
+
+    @property
+    def fits(self) -> bool:
+        return len(self.outer) <= MAX_AXES and len(self.reduced) <= MAX_AXES
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        return tuple(p for p in (self.x, self.out, self.weights, self.sign) if p is not None)
+
+
+def of(problem: Problem, operands: Operands) -> Layout:
+    """Fold the axes of a call whose operands are complete."""
+    arrays = [operands.x, operands.out]
+    arrays += [array for array in (operands.weights, operands.sign) if array is not None]
+    strides = [[stride // array.itemsize for stride in array.strides] for array in arrays]
+    if problem.reduces:  # logsumexp's outputs stand still along a row
+        for array_strides in strides[1:2] + (strides[-1:] if problem.signed else []):
+            for axis in problem.axes:
+                array_strides[axis] = 0
+    outer, outer_strides = fold(problem.shape, strides, problem.kept)
+    reduced, reduced_strides = fold(problem.shape, strides, problem.axes)
+    placements = [
+        Placement(tuple(along), tuple(across), array.itemsize, math.gcd(address(array), 16))
+        for along, across, array in zip(outer_strides, reduced_strides, arrays)
+    ]
+    rest = iter(placements[2:])
+    return Layout(
+        outer,
+        reduced,
+        *placements[:2],
+        weights=next(rest) if operands.weights is not None else None,
+        sign=next(rest) if operands.sign is not None else None,
+    )
+
+
+def fold(
+    shape: Sequence[int], strides: Sequence[Sequence[int]], axes: Sequence[int]
+) -> tuple[tuple[int, ...], list[list[int]]]:
+    """Join those of `axes` that all arrays walk as one.
+
+    Returns sizes and, for each array, strides. The order of rows and that of a row's elements mean
+    nothing to a sum, so axes are first put in the order in which the first array lies in memory.
+    """
+
+    def density(axis: int) -> int:
+        return next((abs(array[axis]) for array in strides if array[axis]), 0)
+
+    sizes: list[int] = []
+    folded: list[list[int]] = [[] for _ in strides]
+    for axis in sorted((a for a in axes if shape[a] != 1), key=density, reverse=True):
+        size, steps = shape[axis], [array[axis] for array in strides]
+        if sizes and all(array[-1] == size * step for array, step in zip(folded, steps)):
+            sizes[-1] *= size
+            for array, step in zip(folded, steps):
+                array[-1] = step
+        else:
+            sizes.append(size)
+            for array, step in zip(folded, steps):
+                array.append(step)
+    if not sizes:  # one row, or rows of one element
+        return (1,), [[0] for _ in strides]
+    return tuple(sizes), folded
+
+
+def address(array: Any) -> int:
+    """Where the first element of a NumPy or CuPy array lies."""
+    if isinstance(array, np.ndarray):
+        return int(array.__array_interface__["data"][0])
+    return int(array.data.ptr)

@@ -18,6 +18,9 @@ class Answer(NamedTuple):
     out: np.ndarray  # [*batch, heads, len_q, d_v]; heads and batch as in q
     lse: np.ndarray  # [*batch, heads, len_q]
     mass: np.ndarray  # [*batch, heads, len_q, d_v], sum over the keys of p |v|
+    # What errors in the scores, each as large as the sum of its |scale q k|, would change at most.
+    out_doubt: np.ndarray  # [*batch, heads, len_q, d_v]
+    lse_doubt: np.ndarray  # [*batch, heads, len_q]
     allowed: np.ndarray  # [*batch, 1, len_q, len_k], True where a query may see a key
 
 
@@ -39,9 +42,22 @@ def attention(
         # A row of v that no query may see is not there, whatever stands in it.
         values = np.where(allowed.any(axis=-2)[..., None], values, 0)
         out = p @ values
-        mass = p.astype(np.float64) @ np.abs(values).astype(np.float64)
+        # The rest is about rounding errors and need not be exact. An error of e in the score of
+        # key j changes lse by p e and out by p e (v_j - out).
+        rows, keys, values, p = (np.abs(x).astype(np.float64) for x in (rows, keys, values, p))
+        mass = p @ values
+        p *= np.where(allowed, abs(scale) * (rows @ keys.swapaxes(-1, -2)), 0)
+        lse_doubt = p.sum(axis=-1)
+        out_doubt = p @ values + lse_doubt[..., None] * np.abs(out).astype(np.float64)
     shape = out.shape if q.ndim > 2 else out.shape[1:]
-    return Answer(out.reshape(shape), lse.reshape(shape[:-1]), mass.reshape(shape), allowed)
+    return Answer(
+        out=out.reshape(shape),
+        lse=lse.reshape(shape[:-1]),
+        mass=mass.reshape(shape),
+        out_doubt=out_doubt.reshape(shape),
+        lse_doubt=lse_doubt.reshape(shape[:-1]),
+        allowed=allowed,
+    )
 
 
 def baselines(
@@ -57,13 +73,14 @@ def baselines(
     precision=None,
     out_dtype=None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Two plain evaluations, (out, lse) each, with scores and sums in float32.
+    """Plain evaluations, (out, lse) each, with scores and sums in float32.
 
     P and out are rounded to the inputs' dtype (float64 inputs: everything is float64). The first
-    normalises P before it is rounded; the second folds log2(e) into the scale, rounds P as it
-    comes and divides at the end. Either is good float arithmetic; where one is lucky and right to
-    the last bit, the other seldom is. ``precision="tf32"`` rounds all operands of products to
-    TF32's 11 bits, in the first to the nearest, in the second towards zero.
+    normalises P before it is rounded. The second folds log2(e) into the scale, rounds P as it
+    comes and divides at the end. The third, for float32 and float64, also scales q beforehand and
+    adds up all products one by one. All are good float arithmetic; where one is lucky and
+    right to the last bit, another seldom is. ``precision="tf32"`` rounds all operands of products
+    to TF32's 11 bits, in the first to the nearest, in the second towards zero.
     """
     wide = np.float64 if q.dtype == np.float64 else np.float32
     arrays = heads_repeated(q, k, v, wide)
@@ -71,21 +88,30 @@ def baselines(
     attended = allowed.any(axis=-2)[..., None]
     scale = wide(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     found = []
-    for folded in (False, True):
+    one_by_one = [(True, True)] if q.dtype.itemsize > 2 and precision is None else []
+    for folded, sequential in [(False, False), (True, False), *one_by_one]:
         narrow = operand_rounding(q.dtype, precision, towards_zero=folded)
+        matmul = one_product_at_a_time if sequential else np.matmul
         rows, keys, values = (narrow(array) for array in arrays)
         fold, exp, log = (
             (wide(math.log2(math.e)), np.exp2, np.log2) if folded else (wide(1), np.exp, np.log)
         )
         with np.errstate(all="ignore"):
-            scores = np.where(allowed, (rows @ keys.swapaxes(-1, -2)) * (scale * fold), -np.inf)
+            if sequential:
+                scores = matmul(rows * (scale * fold), keys.swapaxes(-1, -2))
+            else:
+                scores = matmul(rows, keys.swapaxes(-1, -2)) * (scale * fold)
+            scores = np.where(allowed, scores, -np.inf)
             top = finite_top(scores)
             p = exp(scores - top)
             total = p.sum(axis=-1, keepdims=True)
             lse = ((top + log(total)) / fold)[..., 0]
             total = np.where(total == 0, 1, total)
             values = np.where(attended, values, 0)
-            out = (narrow(p) @ values) / total if folded else narrow(p / total) @ values
+            if folded:
+                out = matmul(narrow(p), values) / total
+            else:
+                out = matmul(narrow(p / total), values)
             out = out.astype(out_dtype or q.dtype)
         assert out.dtype == (out_dtype or q.dtype)
         assert lse.dtype == wide
@@ -137,6 +163,15 @@ def heads_repeated(q, k, v, dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     q, k, v = (np.asarray(x).astype(dtype) for x in (q, k, v))
     q, k, v = (x[None] if x.ndim == 2 else x for x in (q, k, v))
     return q, *(np.repeat(x, q.shape[-3] // x.shape[-3], axis=-3) for x in (k, v))
+
+
+def one_product_at_a_time(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b as a single thread adds it up."""
+    shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    total = np.zeros(shape, a.dtype)
+    for n in range(a.shape[-1]):
+        total += a[..., :, n, None] * b[..., None, n, :]
+    return total
 
 
 def finite_top(scores: np.ndarray) -> np.ndarray:

@@ -59,6 +59,7 @@ MOST_WORK = 1 << 24
 LAYOUTS = (
     "contiguous",
     "swapped",
+    "inside_out",
     "gaps",
     "unaligned",
     "negative",
@@ -67,7 +68,7 @@ LAYOUTS = (
     "transposed",
 )
 # An output has a place for each of its elements.
-OUT_LAYOUTS = ("contiguous", "swapped", "gaps", "unaligned", "negative")
+OUT_LAYOUTS = ("contiguous", "swapped", "inside_out", "gaps", "unaligned", "negative")
 # "rising" and "falling" scores move the running maximum at each tile, or never after the first;
 # "offset" ones overflow unless the maximum is taken off first.
 VALUES = ("normal", "rising", "falling", "offset")
@@ -194,11 +195,9 @@ def integers(random, low: int, high: int, batch: tuple[int, ...], dtype: np.dtyp
 
 def place(array: np.ndarray, layout: str, xp: ModuleType) -> Any:
     """`array` in memory of `xp` (NumPy or CuPy) as `layout` says, NaN in all gaps."""
-    if array.ndim < 3 and layout in ("swapped", "same_heads"):
-        layout = "contiguous"
     if layout == "same_rows" and array.shape[-2] > 0:
         return xp.broadcast_to(xp.asarray(array[..., :1, :]), array.shape)
-    if layout == "same_heads" and array.shape[-3] > 0:
+    if layout == "same_heads" and array.ndim > 2:
         return xp.broadcast_to(xp.asarray(array[..., :1, :, :]), array.shape)
     if layout == "transposed":
         return xp.asarray(np.ascontiguousarray(array.swapaxes(-1, -2))).swapaxes(-1, -2)
@@ -213,21 +212,22 @@ def frame(shape: tuple[int, ...], layout: str):
 
     The function works on NumPy and CuPy arrays; the view's last axis is contiguous.
     """
+    if layout in ("contiguous", "unaligned"):
+        size = math.prod(shape)
+        skipped = 1 if layout == "unaligned" else 0
+        return (size + skipped + 64,), lambda x: x[skipped : skipped + size].reshape(shape)
     *front, length, dim = shape
-    if layout == "swapped":  # (batch, length, heads, dim)
-        heads = front[-1] if front else 1
-        buffer = (*front[:-1], length, heads, dim) if front else shape
-        return buffer, (lambda x: x.swapaxes(-2, -3)) if front else (lambda x: x)
-    if layout == "gaps":  # every second row, columns up to the next multiple of 8 and 8 more
+    if layout == "gaps":  # every second row; 8 columns or more between rows
         buffer = (*front, 2 * length + 3, (dim + 15) // 8 * 8)
         return buffer, lambda x: x[..., 2 : 2 + 2 * length : 2, :dim]
-    if layout == "negative":  # rows and heads backwards
-        if front:
-            return shape, lambda x: x[..., ::-1, ::-1, :]
-        return shape, lambda x: x[::-1]
-    size = math.prod(shape)
-    skipped = 1 if layout == "unaligned" else 0
-    return (size + skipped + 64,), lambda x: x[skipped : skipped + size].reshape(shape)
+    if layout == "swapped" and front:  # (batch, length, heads, dim)
+        return (*front[:-1], length, front[-1], dim), lambda x: x.swapaxes(-2, -3)
+    if layout == "inside_out" and front:  # (length, heads, batch, dim), batch axes reversed too
+        order = (*reversed(range(len(shape) - 1)), len(shape) - 1)
+        return (length, *reversed(front), dim), lambda x: x.transpose(order)
+    if layout == "negative":  # everything but the last axis backwards
+        return shape, lambda x: x[(slice(None, None, -1),) * (len(shape) - 1)]
+    return shape, lambda x: x
 
 
 def nan_filled(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

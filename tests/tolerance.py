@@ -21,8 +21,17 @@ FLOOR = {name: unit / 4 for name, unit in ROUNDOFF.items()}
 # On tensor cores a float32 operand is split into two TF32 parts, 11 + 11 bits of its 24: up to
 # one unit in its last place is lost.
 FLOOR["float32"] = 2.0**-23
+# In float64 nothing is rounded to fewer bits than the sums themselves, so that the roundings of
+# P, of the sums and of the division count alike.
+FLOOR["float64"] = 2.0**-52
 # One TF32 part only, 11 bits, cut off and not rounded.
 FLOOR_TF32 = 2.0**-10
+
+# A score in float32 (float64) carries a few roundings of its own: of the scale, of q or k (one
+# unit in the last place each when they are split), of the product with log2(e). A plain evaluation
+# may escape them, so that many units of the sum of |q k| are allowed. Only for float32 and float64
+# is it more than the floor.
+SCORE = 4
 
 # CUDA code is compiled with flush-to-zero: float32 (and bfloat16) below the smallest normal
 # number is 0. float16 keeps its subnormals, whose spacing then is the smallest step.
@@ -67,12 +76,15 @@ def reference(q, k, v, *, precision=None, out_dtype=None, **options) -> Referenc
         out_error = np.maximum(out_error, error)
         lse_error = np.maximum(lse_error, distance(lse, truth.lse))
     floor = FLOOR_TF32 if precision == "tf32" else FLOOR[name]
+    score = SCORE * ROUNDOFF["float64" if name == "float64" else "float32"]
+    out_doubt = score * finite(truth.out_doubt.max(axis=-1, keepdims=True))
+    lse_doubt = score * finite(truth.lse_doubt)
     size = np.where(np.isfinite(truth.lse), np.abs(truth.lse), 1).astype(np.float64)
     return Reference(
         out=truth.out[..., :columns],
         lse=truth.lse,
-        out_limit=2 * out_error + floor * finite(mass) + ABSOLUTE[name],
-        lse_limit=np.maximum(LSE[name] * np.maximum(1, size), 2 * lse_error),
+        out_limit=2 * out_error + floor * finite(mass) + out_doubt + ABSOLUTE[name],
+        lse_limit=np.maximum(LSE[name] * np.maximum(1, size), 2 * lse_error + lse_doubt),
         mass=finite(mass),
         allowed=truth.allowed,
     )

@@ -203,12 +203,12 @@ def prepare(
     Nothing is converted, allocated or launched yet: `complete` does the first two.
     """
     if isinstance(out, tuple):
-        raise TypeError("out must be one array, not a tuple")
+        raise TypeError("`out` must be one array, not a tuple")
     caller, native = arrays.take({"x": x, "out": out}, sequences=True, outputs=("out",))
     check.required("x", native)
     shape = native["x"].shape
     dtype = check.working_dtype(native["x"])
-    axes = check.axes("x", axis, len(shape))
+    axes = check.axes("`x`", axis, len(shape))
     result = check.outputs(("out",), native, shape, dtype, may_be="x")
     problem = Problem(function, dtype, result, shape or (1,), axes)
     return caller, problem, Operands(x=native["x"], out=_with_axes(native["out"], ())), shape
@@ -230,7 +230,7 @@ def prepare_log(
     weights = native["b"] if number is None else number
     dtype = check.working_dtype(native["a"], native["b"])
     shape = check.broadcast(native["a"], native["b"])
-    axes = check.axes("a" if native["b"] is None else "a with b", axis, len(shape))
+    axes = check.axes("`a`" if native["b"] is None else "`b` * exp(`a`)", axis, len(shape))
     shape = shape or (1,)
     problem_shape = shape
     if keepdims:
@@ -255,7 +255,8 @@ def complete(caller: arrays.Caller, problem: Problem, operands: Operands) -> Non
     operands.x = _as(operands.x, dtype, problem.shape)
     if isinstance(operands.weights, (bool, int, float)):
         number, operands.weights = operands.weights, caller.empty((), dtype)
-        operands.weights.fill(float(number))
+        with np.errstate(over="ignore"):  # 1e5 is inf in float16
+            operands.weights.fill(float(number))
     if operands.weights is not None:
         operands.weights = _as(operands.weights, dtype, problem.shape)
     if problem.reduces:
@@ -330,5 +331,7 @@ def _as(array: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
 def _empty_like(caller: arrays.Caller, x: Any, dtype: np.dtype[Any]) -> Any:
     """An array with x's shape and order of axes in memory, so that both are walked alike."""
     order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
+    if order == list(range(x.ndim)):
+        return caller.empty(x.shape, dtype)
     empty = caller.empty(tuple(x.shape[axis] for axis in order), dtype)
     return empty.transpose(np.argsort(order).tolist())

@@ -15,7 +15,7 @@ HALVES = ("float16", "bfloat16")
 
 def required(name: str, native: dict[str, Any]) -> None:
     if native[name] is None:
-        raise TypeError(f"{name} must be an array, a list or a number, not None")
+        raise TypeError(f"`{name}` must be an array, a list or a number, not None")
 
 
 def axes(name: str, axis: Any, ndim: int) -> tuple[int, ...]:
@@ -30,15 +30,15 @@ def axes(name: str, axis: Any, ndim: int) -> tuple[int, ...]:
         except TypeError:
             index = None
         if index is None or isinstance(one, (bool, np.bool)):
-            raise TypeError(f"axis must be an int, a tuple of ints or None, not {axis!r}")
+            raise TypeError(f"`axis` must be an int, a tuple of ints or None, not {axis!r}")
         if not -ndim <= index < ndim:
             raise np.exceptions.AxisError(
-                f"axis must be from {-ndim} to {ndim - 1}, because {name} has {ndim} axes, "
+                f"`axis` must be from {-ndim} to {ndim - 1}, because {name} has {ndim} axes, "
                 f"not {axis!r}"
             )
         found.append(index % ndim)
     if len(set(found)) < len(found):
-        raise ValueError(f"axis must not name an axis of {name} twice, but is {axis!r}")
+        raise ValueError(f"`axis` must not name an axis of {name} twice, but is {axis!r}")
     return tuple(sorted(found))
 
 
@@ -62,7 +62,7 @@ def broadcast(a: Any, b: Any) -> tuple[int, ...]:
         return np.broadcast_shapes(a.shape, b.shape)
     except ValueError:
         raise ValueError(
-            f"b must have a shape that broadcasts with a's {a.shape}, not {b.shape}"
+            f"`b` must have a shape that broadcasts with `a`'s {a.shape}, not {b.shape}"
         ) from None
 
 
@@ -71,9 +71,9 @@ def named_outputs(out: Any, *, both: bool) -> dict[str, Any]:
     if not isinstance(out, tuple):
         return {"out": out}
     if not both:
-        raise TypeError("out must be one array, not a tuple, unless return_sign=True")
+        raise TypeError("`out` must be one array, not a tuple, unless return_sign=True")
     if len(out) != 2:
-        raise ValueError(f"out must be one array or a pair (res, sgn), not {len(out)} of them")
+        raise ValueError(f"`out` must be one array or a pair (res, sgn), not {len(out)} of them")
     return {"out[0]": out[0], "out[1]": out[1]}
 
 
@@ -104,10 +104,11 @@ def outputs(
         if out is None:
             continue
         if out.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, not {out.shape}")
+            raise ValueError(f"`{name}` must have shape {shape}, not {out.shape}")
         if arrays.dtype_name(out.dtype) not in allowed:
             raise TypeError(
-                f"{name} must be of dtype {' or '.join(allowed)}, not {arrays.dtype_name(out.dtype)}"
+                f"`{name}` must be of dtype {' or '.join(allowed)}, "
+                f"not {arrays.dtype_name(out.dtype)}"
             )
         allowed = (arrays.dtype_name(out.dtype),)  # the next one must agree
         _separate(name, native, may_be)
@@ -116,14 +117,31 @@ def outputs(
 
 def _separate(name: str, native: dict[str, Any], may_be: str | None) -> None:
     out = native[name]
+    if _overlaps_itself(out):
+        raise ValueError(
+            f"`{name}` must have memory of its own for each element, but its shape {out.shape} has "
+            f"strides {out.strides}"
+        )
     for other, array in native.items():
         if other == name or array is None or (other == may_be and _is_same(out, array)):
             continue
         if arrays.may_share_memory(out, array):
-            or_be = f", unless it is {other}" if other == may_be else ""
-            raise ValueError(f"{name} must not overlap {other} in memory{or_be}")
+            unless = " unless it is the same array" if other == may_be else ""
+            raise ValueError(f"`{name}` must not overlap `{other}` in memory{unless}")
 
 
 def _is_same(a: Any, b: Any) -> bool:
     same = a.shape == b.shape and a.strides == b.strides and a.dtype == b.dtype
     return bool(same and address(a) == address(b))
+
+
+def _overlaps_itself(array: Any) -> bool:
+    """Whether some axis steps by less than what the axes inside it cover."""
+    if array.size == 0:
+        return False
+    covered = array.itemsize
+    for stride, size in sorted((abs(s), n) for s, n in zip(array.strides, array.shape) if n > 1):
+        if stride < covered:
+            return True
+        covered += stride * (size - 1)
+    return False

@@ -1,7 +1,8 @@
 // FlashAttention forward for float32 on TF32 tensor cores, sm_80 and later.
 //
 // With kSplit every operand is a sum of two TF32 numbers and a product three: high high + high low + low high, which errs as float32
-// does. Tensor cores cut off as they add, so a tile's P V starts from zero and joins O by one FMA. Without kSplit it is plain TF32.
+// does. Tensor cores cut off as they add, so their sums are kept short: every kRun elements of head_dim in S, every key tile in P V, they
+// start from zero and join the long sum by an ordinary addition. Without kSplit it is plain TF32.
 //
 // Constants: Element, Output, kHeadDim, kHeadDimV, kBlockM, kBlockN, kThreads, kStages, kRowTiles, kMinBlocks, kSplit.
 #include "_attention/mma_layout.cuh"
@@ -12,7 +13,15 @@ template <int N> struct SplitFragment {
   uint32 high[N], low[N];
 
   __device__ __forceinline__ void set(int i, float x) { split_tf32(high[i], low[i], x); }
+
+  // ldmatrix brings the B fragments of two neighbouring products at once.
+  __device__ __forceinline__ SplitFragment<2> half(int i) const {
+    return {{high[2 * i], high[2 * i + 1]}, {low[2 * i], low[2 * i + 1]}};
+  }
 };
+
+// Elements of head_dim that the tensor cores sum before the sum joins S in float32 arithmetic.
+constexpr int kRun = 32;
 
 struct Tf32Products : MmaLayout {
   using T = float;
@@ -21,35 +30,42 @@ struct Tf32Products : MmaLayout {
   using VTile = SharedTile<T, kBlockN, kHeadDimV>;
 
   static __device__ __forceinline__ void scores(T (&s)[kRows][kScores], QTile q_smem, KTile k_smem) {
-    const int q_row = warp_row() + lane() % 16, q_half = lane() / 16;
-    const int k_row = lane() / 16 * 8 + lane() % 8, k_half = lane() / 8 % 2;
+    const uint32 q_lane = q_smem.at(warp_row() + lane() % 16, lane() / 16);
+    const uint32 k_lane = k_smem.at(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int c = 0; c < kScores; ++c) s[r][c] = 0;
-#pragma unroll kUnrollD
-    for (int d = 0; d < kHeadDim; d += 8) {
-      SplitFragment<4> q_frag[kRowTiles];
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) q_frag[m] = load_split(q_smem.at(q_row + m * 16, d / 4 + q_half));
+    for (int first = 0; first < kHeadDim; first += kRun) {
+      T run[kRows][kScores] = {};
 #pragma unroll
-      for (int n = 0; n < kBlockN; n += 16) {
-        const SplitFragment<4> k_frag = load_split(k_smem.at(k_row + n, d / 4 + k_half));
+      for (int d = first; d < first + kRun; d += 8) {
+        SplitFragment<4> q_frag[kRowTiles];
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m)
+        for (int m = 0; m < kRowTiles; ++m) q_frag[m] = load_split(QTile::moved(q_lane, m * 16, d / 4));
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int c = n / 4 + 2 * half;
-            multiply(s[2 * m][c], s[2 * m][c + 1], s[2 * m + 1][c], s[2 * m + 1][c + 1], q_frag[m],
-                     {{k_frag.high[2 * half], k_frag.high[2 * half + 1]}, {k_frag.low[2 * half], k_frag.low[2 * half + 1]}});
+        for (int n = 0; n < kBlockN; n += 16) {
+          const SplitFragment<4> k_frag = load_split(KTile::moved(k_lane, n, d / 4));
+#pragma unroll
+          for (int m = 0; m < kRowTiles; ++m) {
+            multiply(run, m, n / 4, q_frag[m], k_frag.half(0));
+            multiply(run, m, n / 4 + 2, q_frag[m], k_frag.half(1));
           }
+        }
       }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int c = 0; c < kScores; ++c) s[r][c] += run[r][c];
     }
   }
 
   // The product counts keys in another order: the accumulator's columns 2t and 2t + 1 of S are k = t and t + 4, so that P needs no
   // shuffle, and V's rows are read in that order.
   static __device__ __forceinline__ void weigh(T (&o)[kRows][kOutputs], const T (&p)[kRows][kScores], VTile v_smem) {
+    const int g = lane() / 4, t = lane() % 4;
+    const uint32 v_lane[2] = {v_smem.element(2 * t, g), v_smem.element(2 * t + 1, g)};
     SplitFragment<4> p_frag[kRowTiles][kBlockN / 8];
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n)
@@ -59,26 +75,27 @@ struct Tf32Products : MmaLayout {
         for (int i = 0; i < 4; ++i) p_frag[m][n].set(i, p[2 * m + i % 2][2 * n + i / 2]);
 #pragma unroll
     for (int d = 0; d < kHeadDimV; d += 8) {
-      T tile[kRowTiles][4] = {};
+      T tile[kRows][2] = {};
 #pragma unroll
       for (int n = 0; n < kBlockN / 8; ++n) {
         SplitFragment<2> v_frag;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) v_frag.set(i, load(v_smem.element(8 * n + 2 * (lane() % 4) + i, d + lane() / 4)));
+        for (int i = 0; i < 2; ++i) v_frag.set(i, load(VTile::moved(v_lane[i], 8 * n, d / 4)));
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m)
-          multiply(tile[m][0], tile[m][1], tile[m][2], tile[m][3], p_frag[m][n], v_frag);
+        for (int m = 0; m < kRowTiles; ++m) multiply(tile, m, 0, p_frag[m][n], v_frag);
       }
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
+      for (int r = 0; r < kRows; ++r)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) o[2 * m + i / 2][d / 4 + i % 2] += tile[m][i];
+        for (int i = 0; i < 2; ++i) o[r][d / 4 + i] += tile[r][i];
     }
   }
 
   // The small terms first: they would be lost beside the large one.
-  static __device__ __forceinline__ void multiply(T& c0, T& c1, T& c2, T& c3, const SplitFragment<4>& a,
+  template <int kColumns>
+  static __device__ __forceinline__ void multiply(T (&to)[kRows][kColumns], int m, int c, const SplitFragment<4>& a,
                                                   const SplitFragment<2>& b) {
+    T &c0 = to[2 * m][c], &c1 = to[2 * m][c + 1], &c2 = to[2 * m + 1][c], &c3 = to[2 * m + 1][c + 1];
     if (kSplit) {
       mma_16x8x8(c0, c1, c2, c3, a.low, b.high[0], b.high[1]);
       mma_16x8x8(c0, c1, c2, c3, a.high, b.low[0], b.low[1]);

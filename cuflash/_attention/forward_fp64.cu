@@ -16,22 +16,23 @@ struct DoubleProducts : MmaLayout {
 
   static __device__ __forceinline__ void scores(T (&s)[kRows][kScores], QTile q_smem, KTile k_smem) {
     const int g = lane() / 4, t = lane() % 4;
+    const uint32 q_lane = q_smem.at(warp_row() + g, t), k_lane = k_smem.at(g, t);
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int c = 0; c < kScores; ++c) s[r][c] = 0;
-#pragma unroll kUnrollD
+#pragma unroll 4
     for (int d = 0; d < kHeadDim; d += 8) {
       T q_frag[kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        load_pair(q_frag[m][0], q_frag[m][2], q_smem.at(warp_row() + m * 16 + g, d / 2 + t));
-        load_pair(q_frag[m][1], q_frag[m][3], q_smem.at(warp_row() + m * 16 + g + 8, d / 2 + t));
+        load_pair(q_frag[m][0], q_frag[m][2], QTile::moved(q_lane, m * 16, d / 2));
+        load_pair(q_frag[m][1], q_frag[m][3], QTile::moved(q_lane, m * 16 + 8, d / 2));
       }
 #pragma unroll
       for (int n = 0; n < kBlockN / 8; ++n) {
         T k_frag[2];
-        load_pair(k_frag[0], k_frag[1], k_smem.at(8 * n + g, d / 2 + t));
+        load_pair(k_frag[0], k_frag[1], KTile::moved(k_lane, 8 * n, d / 2));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) multiply(s, m, 2 * n, q_frag[m], k_frag);
       }
@@ -40,6 +41,7 @@ struct DoubleProducts : MmaLayout {
 
   static __device__ __forceinline__ void weigh(T (&o)[kRows][kOutputs], const T (&p)[kRows][kScores], VTile v_smem) {
     const int g = lane() / 4, t = lane() % 4;
+    const uint32 v_lane[2] = {v_smem.element(2 * t, g), v_smem.element(2 * t + 1, g)};
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n) {
       T p_frag[kRowTiles][4];
@@ -49,7 +51,7 @@ struct DoubleProducts : MmaLayout {
         for (int i = 0; i < 4; ++i) p_frag[m][i] = p[2 * m + i % 2][2 * n + i / 2];
 #pragma unroll
       for (int d = 0; d < kHeadDimV; d += 8) {
-        const T v_frag[2] = {load(v_smem.element(8 * n + 2 * t, d + g)), load(v_smem.element(8 * n + 2 * t + 1, d + g))};
+        const T v_frag[2] = {load(VTile::moved(v_lane[0], 8 * n, d / 2)), load(VTile::moved(v_lane[1], 8 * n, d / 2))};
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) multiply(o, m, d / 4, p_frag[m], v_frag);
       }

@@ -12,8 +12,8 @@ struct HalfProducts : MmaLayout {
   using VTile = SharedTile<Element, kBlockN, kHeadDimV>;
 
   static __device__ __forceinline__ void scores(T (&s)[kRows][kScores], QTile q_smem, KTile k_smem) {
-    const int q_row = warp_row() + lane() % 16, q_half = lane() / 16;
-    const int k_row = lane() / 16 * 8 + lane() % 8, k_half = lane() / 8 % 2;
+    const uint32 q_lane = q_smem.at(warp_row() + lane() % 16, lane() / 16);
+    const uint32 k_lane = k_smem.at(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
@@ -22,11 +22,11 @@ struct HalfProducts : MmaLayout {
     for (int d = 0; d < kHeadDim; d += 16) {
       uint32 q_frag[kRowTiles][4];
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) load_matrices(q_frag[m], q_smem.at(q_row + m * 16, d / 8 + q_half));
+      for (int m = 0; m < kRowTiles; ++m) load_matrices(q_frag[m], QTile::moved(q_lane, m * 16, d / 8));
 #pragma unroll
       for (int n = 0; n < kBlockN; n += 16) {
         uint32 k_frag[4];
-        load_matrices(k_frag, k_smem.at(k_row + n, d / 8 + k_half));
+        load_matrices(k_frag, KTile::moved(k_lane, n, d / 8));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           multiply(s, m, n / 4, q_frag[m], k_frag[0], k_frag[1]);
@@ -38,7 +38,7 @@ struct HalfProducts : MmaLayout {
 
   // P stays in registers: two neighbouring accumulator blocks of S are, rounded and paired, one A fragment.
   static __device__ __forceinline__ void weigh(T (&o)[kRows][kOutputs], const T (&p)[kRows][kScores], VTile v_smem) {
-    const int v_row = lane() % 16, v_half = lane() / 16;
+    const uint32 v_lane = v_smem.at(lane() % 16, lane() / 16);
 #pragma unroll
     for (int n = 0; n < kBlockN; n += 16) {
       uint32 p_frag[kRowTiles][4];
@@ -52,7 +52,7 @@ struct HalfProducts : MmaLayout {
 #pragma unroll
       for (int d = 0; d < kHeadDimV; d += 16) {
         uint32 v_frag[4];
-        load_matrices_transposed(v_frag, v_smem.at(v_row + n, d / 8 + v_half));
+        load_matrices_transposed(v_frag, VTile::moved(v_lane, n, d / 8));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           multiply(o, m, d / 4, p_frag[m], v_frag[0], v_frag[1]);

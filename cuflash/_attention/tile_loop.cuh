@@ -13,7 +13,7 @@
 //   QTile, KTile, VTile                   how the operands lie in shared memory
 //   row(r), key(c), output(c)             the place of a thread's element in the block's tiles
 //   scores(s, q, k), weigh(o, s, v)       S = Q K^T and O += P V
-// and expects, as constants: Element, Output, kHeadDim, kHeadDimV, kBlockM, kBlockN, kThreads, kStages.
+// and expects, as constants: Element, Output, kHeadDim, kHeadDimV, kSlices, kBlockM, kBlockN, kThreads, kStages.
 #include "device/online_softmax.cuh"
 #include "device/shared_tile.cuh"
 
@@ -56,26 +56,48 @@ constexpr int64 kEndAligned = -(1ll << 62);
 // A score may exceed its row's reference by this power of two before O is rescaled: most tiles then only add.
 constexpr int kSlack = 8;
 
-__device__ __forceinline__ int64 batch_offset(const Params& params, const int64 (&strides)[kBatchAxes], int batch) {
-  int64 offset = 0;
+// The part of the output that is this block's: a tile of queries and one of kSlices slices of kHeadDimV columns.
+// Tiles that see most keys come first, and `sweep` heads advance together so that their keys stay in L2.
+struct BlockIndex {
+  int tile, head, first_column;
+  int batch[kBatchAxes];
+
+  __device__ __forceinline__ explicit BlockIndex(const Params& params) {
+    const int tiles = (params.len_q + kBlockM - 1) / kBlockM;
+    int block = recomputed(blockIdx.x);
+    first_column = take(block, kSlices) * kHeadDimV;
+    int place = take(block, tiles * params.sweep);
+    const int first_pair = block * params.sweep;
+    int pair = first_pair + take(place, min_of(params.sweep, params.batches * params.heads - first_pair));
+    tile = tiles - 1 - place;
+    head = take(pair, params.heads);
 #pragma unroll
-  for (int axis = kBatchAxes - 1; axis >= 0; --axis) {
-    offset += batch % params.batch_shape[axis] * strides[axis];
-    batch /= params.batch_shape[axis];
+    for (int axis = kBatchAxes - 1; axis >= 0; --axis) batch[axis] = take(pair, params.batch_shape[axis]);
   }
-  return offset;
-}
 
-template <typename T>
-__device__ __forceinline__ T* head_of(const Params& params, const Strided<T>& array, int batch, int head) {
-  return array.data + batch_offset(params, array.batch, batch) + head * array.head;
-}
+  // The last digit of `number` in base `length`, which leaves it. Mostly there is but one digit, and a division is long.
+  static __device__ __forceinline__ int take(int& number, int length) {
+    if (length == 1) return 0;
+    const int rest = unsigned(number) / unsigned(length), digit = number - rest * length;
+    number = rest;
+    return digit;
+  }
 
-__device__ __forceinline__ int64 value_of(const Params& params, const PerBatch& array, int batch, int64 otherwise) {
-  if (array.bytes == 0) return otherwise;
-  const int64 offset = batch_offset(params, array.batch, batch);
-  return array.bytes == 4 ? static_cast<const int*>(array.data)[offset] : static_cast<const int64*>(array.data)[offset];
-}
+  __device__ __forceinline__ int64 offset(const int64 (&strides)[kBatchAxes]) const {
+    int64 sum = 0;
+#pragma unroll
+    for (int axis = 0; axis < kBatchAxes; ++axis) sum += batch[axis] * strides[axis];
+    return sum;
+  }
+  template <typename T> __device__ __forceinline__ T* rows_of(const Strided<T>& array, int head) const {
+    return array.data + offset(array.batch) + head * array.head;
+  }
+  __device__ __forceinline__ int64 value_of(const PerBatch& array, int64 otherwise) const {
+    if (array.bytes == 0) return otherwise;
+    const int64 place = offset(array.batch);
+    return array.bytes == 4 ? static_cast<const int*>(array.data)[place] : static_cast<const int64*>(array.data)[place];
+  }
+};
 
 __device__ __forceinline__ int clamp(int64 x, int64 low, int64 high) {
   return int(min_of(max_of(x, low), high));
@@ -84,52 +106,34 @@ __device__ __forceinline__ int clamp(int64 x, int64 low, int64 high) {
 // Of a key tile, seen from a warp's rows: none of them sees any of it, some see some of it, all see all of it.
 enum class Place { kOutside, kBorder, kInside };
 
-// The keys of a block's query rows. Causal, window, q_start and lengths are one thing: row i may see the keys [begin(i), end(i)).
+// The keys of a block's query rows. Causal, window, q_start and lengths are one thing: the block's row i may see the keys [begin(i), end(i)).
 struct KeyInterval {
-  const Params& params;
-  int top;          // the block's first row
   int first, last;  // begin and end of row 0 before clamping to [0, length)
   int length;
+  int rows;  // rows of the block that exist
 
-  __device__ __forceinline__ KeyInterval(const Params& params, int batch, int top) : params(params), top(top) {
-    const int len_q = params.len_q, len_k = params.len_k;
-    length = clamp(value_of(params, params.kv_lengths, batch, len_k), 0, len_k);  // never trusted
-    int64 start = value_of(params, params.q_starts, batch, params.q_start);
+  __device__ __forceinline__ KeyInterval(const Params& params, const BlockIndex& index) {
+    const int len_q = params.len_q, len_k = params.len_k, top = index.tile * kBlockM;
+    length = clamp(index.value_of(params.kv_lengths, len_k), 0, len_k);  // never trusted
+    int64 start = index.value_of(params.q_starts, params.q_start);
     if (params.q_starts.bytes == 0 && params.q_start == kEndAligned) start = length - len_q;
     start = clamp(start, -(1 << 30), 1 << 30);
-    first = clamp(start - params.left, -len_q, len_k);  // further out changes nothing, and int suffices
-    last = clamp(start + params.right + 1, -len_q, len_k);
+    first = top + clamp(start - params.left, -len_q, len_k);  // further out changes nothing, and int suffices
+    last = top + clamp(start + params.right + 1, -len_q, len_k);
+    rows = min_of(kBlockM, len_q - top);
   }
   __device__ __forceinline__ int begin(int row) const { return max_of(first + row, 0); }
   __device__ __forceinline__ int end(int row) const { return max_of(min_of(last + row, length), 0); }
 
-  // The block's last row, and the keys that any of its rows may see.
-  __device__ __forceinline__ int bottom() const { return min_of(recomputed(top) + kBlockM, params.len_q) - 1; }
-  __device__ __forceinline__ int begin() const { return begin(recomputed(top)); }
-  __device__ __forceinline__ int end() const { return end(bottom()); }
+  // The keys that any of the block's rows may see.
+  __device__ __forceinline__ int begin() const { return begin(recomputed(0)); }
+  __device__ __forceinline__ int end() const { return end(recomputed(rows) - 1); }
 
   // Where the kBlockN keys from `key` on lie for the rows of this warp.
   template <int kWarpRows> __device__ __forceinline__ Place place(int key) const {
-    const int warp_top = top + recomputed(threadIdx.x) / 32 * kWarpRows;
-    const int warp_bottom = min_of(warp_top + kWarpRows - 1, bottom());
-    if (warp_top > warp_bottom || key >= end(warp_bottom) || key + kBlockN <= begin(warp_top)) return Place::kOutside;
-    return key >= begin(warp_bottom) && key + kBlockN <= end(warp_top) ? Place::kInside : Place::kBorder;
-  }
-};
-
-// The query tile of this block. Tiles that see most keys come first, and `sweep` heads advance together so that their keys stay in L2.
-struct TileIndex {
-  int tile, batch, head;
-
-  __device__ __forceinline__ explicit TileIndex(const Params& params) {
-    const int block = recomputed(blockIdx.x);
-    const int tiles = (params.len_q + kBlockM - 1) / kBlockM, pairs = params.batches * params.heads;
-    const int sweep = block / (tiles * params.sweep), place = block - sweep * tiles * params.sweep;
-    const int width = min_of(params.sweep, pairs - sweep * params.sweep);
-    const int pair = sweep * params.sweep + place % width;
-    tile = tiles - 1 - place / width;
-    batch = pair / params.heads;
-    head = pair - batch * params.heads;
+    const int top = recomputed(threadIdx.x) / 32 * kWarpRows, bottom = min_of(top + kWarpRows, rows) - 1;
+    if (top > bottom || key >= end(bottom) || key + kBlockN <= begin(top)) return Place::kOutside;
+    return key >= begin(bottom) && key + kBlockN <= end(top) ? Place::kInside : Place::kBorder;
   }
 };
 
@@ -170,10 +174,10 @@ template <typename Products> struct Rows {
 
   // Scores of keys that their row may not see become -inf: replaced, so that a NaN among them does not survive.
   __device__ __forceinline__ void mask(const KeyInterval& keys, int first_key) {
-    const int first_row = recomputed(keys.top);
+    const int block_row = recomputed(0);
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {
-      const int row = first_row + Products::row(r), own = first_key + Products::key(0);
+      const int row = block_row + Products::row(r), own = first_key + Products::key(0);
       const int begin = keys.begin(row) - own, end = keys.end(row) - own;
 #pragma unroll
       for (int c = 0; c < Products::kScores; ++c) {
@@ -192,7 +196,7 @@ template <typename Products> struct Rows {
     for (int r = 0; r < Products::kRows; ++r) {
       highest[r] = s[r][0];
 #pragma unroll
-      for (int c = 1; c < Products::kScores; ++c) highest[r] = s[r][c] > highest[r] ? s[r][c] : highest[r];
+      for (int c = 1; c < Products::kScores; ++c) highest[r] = max_of(s[r][c], highest[r]);  // a NaN score is passed over
       behind |= highest[r] * scale > pair[r].max + kSlack;
     }
     if (__any_sync(0xffffffffu, behind)) raise(highest, scale);
@@ -219,33 +223,44 @@ template <typename Products> struct Rows {
 
   // O / d and the logarithm of the sum. A row that saw no key gives 0 and -inf.
   __device__ __forceinline__ void finish(const Params& params) {
-    const TileIndex index(params);
+    const BlockIndex index(params);
     const int first_row = index.tile * kBlockM;
-    Output* out = head_of(params, params.out, index.batch, index.head);
-    auto* lse = params.lse.data == nullptr ? nullptr : head_of(params, params.lse, index.batch, index.head);
-    const bool paired = (reinterpret_cast<uint64>(out) | uint64(params.out.row) * sizeof(Output)) % (2 * sizeof(Output)) == 0;
+    const int columns = params.head_dim_v - index.first_column;
+    Output* out = index.rows_of(params.out, index.head) + index.first_column;
+    auto* lse = params.lse.data == nullptr || index.first_column > 0 ? nullptr : index.rows_of(params.lse, index.head);
+    const uint64 alignment = reinterpret_cast<uint64>(out) | params.out.row * sizeof(Output);
+    const bool whole = alignment % (2 * sizeof(Output)) == 0 && columns >= kHeadDimV;
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {
       const int row = first_row + Products::row(r);
       pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
       const bool empty = pair[r].sum == T(0);
-      const T inverse = T(1) / pair[r].sum;
       if (row >= params.len_q) continue;
       if (lse != nullptr && Products::key(0) == 0) lse[row * params.lse.row] = pair[r].log_sum() * T(kLn2);
+      const T inverse = empty ? T(0) : T(1) / pair[r].sum;
       Output* out_row = out + row * params.out.row;
 #pragma unroll
-      for (int c = 0; c < Products::kOutputs; c += 2) {
-        const int column = Products::output(c);
-        const Vector<Output, 2> both = {narrow<Output>(empty ? T(0) : o[r][c] * inverse),
-                                        narrow<Output>(empty ? T(0) : o[r][c + 1] * inverse)};
-        if (paired && column + 1 < params.head_dim_v) {
-          *reinterpret_cast<Vector<Output, 2>*>(out_row + column) = both;
-        } else {
-          if (column < params.head_dim_v) out_row[column] = both.at[0];
-          if (column + 1 < params.head_dim_v) out_row[column + 1] = both.at[1];
-        }
+      for (int c = 0; c < Products::kOutputs; ++c) o[r][c] = empty ? T(0) : o[r][c] * inverse;
+      if (whole) {
+        store_pairs(out_row, o[r]);
+      } else {
+        store(out_row, o[r], columns);
       }
     }
+  }
+
+  static __device__ __forceinline__ void store_pairs(Output* row, const T (&o)[Products::kOutputs]) {
+#pragma unroll
+    for (int c = 0; c < Products::kOutputs; c += 2) {
+      const Vector<Output, 2> both = {narrow<Output>(o[c]), narrow<Output>(o[c + 1])};
+      *reinterpret_cast<Vector<Output, 2>*>(row + Products::output(c)) = both;
+    }
+  }
+
+  static __device__ __forceinline__ void store(Output* row, const T (&o)[Products::kOutputs], int columns) {
+#pragma unroll
+    for (int c = 0; c < Products::kOutputs; ++c)
+      if (Products::output(c) < columns) row[Products::output(c)] = narrow<Output>(o[c]);
   }
 };
 
@@ -255,12 +270,12 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
   const uint32 base = shared_address(shared);
 
   // Setup: this block's rows, and the keys that any of them may see.
-  const TileIndex index(params);
-  const KeyInterval keys(params, index.batch, index.tile * kBlockM);
-  const int first_tile = keys.begin() / kBlockN, end_tile = (keys.end() + kBlockN - 1) / kBlockN;
-  const Element* q = head_of(params, params.q, index.batch, index.head);
-  const Element* k = head_of(params, params.k, index.batch, index.head / params.group);
-  const Element* v = head_of(params, params.v, index.batch, index.head / params.group);
+  const BlockIndex index(params);
+  const KeyInterval keys(params, index);
+  const int first_tile = keys.begin() / kBlockN;
+  const Element* q = index.rows_of(params.q, index.head);
+  const Element* k = index.rows_of(params.k, index.head / params.group);
+  const Element* v = index.rows_of(params.v, index.head / params.group) + index.first_column;
 
   const auto k_smem = [&](int tile) {
     return typename Products::KTile(base + Shared<Products>::kK + tile % kStages * Products::KTile::kBytes);
@@ -269,23 +284,23 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
     return typename Products::VTile(base + Shared<Products>::kV + tile % kStages * Products::VTile::kBytes);
   };
   const auto load_k = [&](int tile) {
-    if (tile >= end_tile) return;
-    fill<kThreads>(k_smem(tile), k, params.k.row, params.head_dim, tile * kBlockN, keys.begin(), keys.end());
+    const int begin = keys.begin(), end = keys.end();
+    if (tile * kBlockN < end) fill<kThreads>(k_smem(tile), k, params.k.row, params.head_dim, tile * kBlockN, begin, end);
   };
   const auto load_v = [&](int tile) {
-    if (tile >= end_tile) return;
-    fill<kThreads>(v_smem(tile), v, params.v.row, params.head_dim_v, tile * kBlockN, keys.begin(), keys.end());
+    const int begin = keys.begin(), end = keys.end(), columns = params.head_dim_v - index.first_column;
+    if (tile * kBlockN < end) fill<kThreads>(v_smem(tile), v, params.v.row, columns, tile * kBlockN, begin, end);
   };
 
   const typename Products::QTile q_smem(base);
   Rows<Products> rows;
   rows.start();
-  if (first_tile < end_tile) fill<kThreads>(q_smem, q, params.q.row, params.head_dim, keys.top, 0, params.len_q);
+  fill<kThreads>(q_smem, q, params.q.row, params.head_dim, index.tile * kBlockM, 0, params.len_q);
   load_k(first_tile);
   if (kStages == 2) load_v(first_tile);
 
 #pragma unroll 1
-  for (int tile = first_tile; tile < end_tile; ++tile) {
+  for (int tile = first_tile; tile * kBlockN < keys.end(); ++tile) {
     const int first_key = tile * kBlockN;
     const Place place = keys.template place<Products::kWarpRows>(first_key);
     copy_async_wait();
@@ -309,5 +324,6 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
     Products::weigh(rows.o, rows.s, v_smem(tile));
   }
 
+  copy_async_wait();  // where there was no key, Q is still under way
   rows.finish(params);
 }

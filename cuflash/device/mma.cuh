@@ -75,5 +75,5 @@ __device__ __forceinline__ void mma_16x8x8(double& c0, double& c1, double& c2, d
 // x = high + low in TF32's 11 significant bits each: all of float32's 24 but, at worst, the last.
 __device__ __forceinline__ void split_tf32(uint32& high, uint32& low, float x) {
   high = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
-  low = __float_as_uint(x - __uint_as_float(high)) + 0x1000u;  // the tensor core cuts off what is below
+  low = __float_as_uint(x - __uint_as_float(high));  // at most one bit too long, which the tensor core cuts off
 }

@@ -60,6 +60,12 @@ struct SharedTile {
     return base + chunk / kChunks * kPanelBytes + row * kPanelRow + ((chunk % kChunks ^ phase(row)) << 4);
   }
 
+  // From the address of a chunk to the one `rows` below and `chunks` to its right. `rows` must be a multiple of 8, which leaves the phase
+  // as it is, and `chunks` may set only bits that are 0 in the chunk's number: then one XOR and a constant do it.
+  static __device__ __forceinline__ uint32 moved(uint32 address, int rows, int chunks) {
+    return (address ^ chunks % kChunks << 4) + chunks / kChunks * kPanelBytes + rows * kPanelRow;
+  }
+
   // Element (row, column).
   __device__ __forceinline__ uint32 element(int row, int column) const {
     return at(row, column / kChunk) + column % kChunk * sizeof(T);
@@ -90,16 +96,14 @@ __device__ __forceinline__ void copy_chunk(uint32 to, const Element* from, int v
                ::"r"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
 }
 
-// Fills a tile with rows [first, first + kRows) of an array. Rows outside [begin, end) and columns from `columns` on become 0
-// and are not read: what no query may attend never meets arithmetic.
-template <int kThreads, typename Element, typename T, int kRows, int kColumns, Access kAccess>
-__device__ __forceinline__ void fill(SharedTile<T, kRows, kColumns, kAccess> tile, const Element* array,
-                                     int64 row_stride, int columns, int first, int begin, int end) {
+// The chunks of a tile that fall to this thread, every kThreads-th: one column of chunks in each panel. `from` is its first.
+template <int kThreads, bool kWhole, typename Element, typename T, int kRows, int kColumns, Access kAccess>
+__device__ __forceinline__ void fill_chunks(SharedTile<T, kRows, kColumns, kAccess> tile, const Element* from,
+                                            int64 row_stride, int columns, int first, int begin, int end, int thread) {
   using Tile = SharedTile<T, kRows, kColumns, kAccess>;
   constexpr int kRowStep = kThreads / Tile::kChunks;
   static_assert(kRowStep % 8 == 0, "a thread's rows must share one phase");
-  const int thread = recomputed(threadIdx.x), row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
-  const Element* from = array + int64(first + row) * row_stride + chunk * Tile::kChunk;
+  const int row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
   const uint32 to = tile.at(row, chunk);
 #pragma unroll
   for (int step = 0; step < kRows; step += kRowStep, from += kRowStep * row_stride) {
@@ -110,7 +114,23 @@ __device__ __forceinline__ void fill(SharedTile<T, kRows, kColumns, kAccess> til
       const int column = (panel * Tile::kChunks + chunk) * Tile::kChunk;
       const int valid = inside ? min_of(max_of(columns - column, 0), int(Tile::kChunk)) : 0;
       copy_chunk<T>(to + panel * Tile::kPanelBytes + step * Tile::kPanelRow,
-                    from + panel * Tile::kChunks * Tile::kChunk, valid);
+                    from + panel * Tile::kChunks * Tile::kChunk, kWhole ? int(Tile::kChunk) : valid);
     }
+  }
+}
+
+// Fills a tile with rows [first, first + kRows) of an array. Rows outside [begin, end) and columns from `columns` on become 0
+// and are not read: what no query may attend never meets arithmetic.
+template <int kThreads, typename Element, typename T, int kRows, int kColumns, Access kAccess>
+__device__ __forceinline__ void fill(SharedTile<T, kRows, kColumns, kAccess> tile, const Element* array,
+                                     int64 row_stride, int columns, int first, int begin, int end) {
+  using Tile = SharedTile<T, kRows, kColumns, kAccess>;
+  const int thread = recomputed(threadIdx.x);
+  const Element* from =
+      array + (first + thread / Tile::kChunks) * row_stride + thread % Tile::kChunks * Tile::kChunk;
+  if (first >= begin && first + kRows <= end && columns >= kColumns) {
+    fill_chunks<kThreads, true>(tile, from, row_stride, columns, first, begin, end, thread);
+  } else {
+    fill_chunks<kThreads, false>(tile, from, row_stride, columns, first, begin, end, thread);
   }
 }

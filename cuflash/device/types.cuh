@@ -76,6 +76,7 @@ template <> __device__ __forceinline__ double infinity<double>() {
 
 template <typename T> __device__ __forceinline__ T min_of(T a, T b) { return a < b ? a : b; }
 template <typename T> __device__ __forceinline__ T max_of(T a, T b) { return a > b ? a : b; }
+template <> __device__ __forceinline__ float max_of(float a, float b) { return fmaxf(a, b); }  // one instruction
 
 // Hides where a value comes from: what is computed from it is then not computed ahead of a loop and kept in registers through it.
 __device__ __forceinline__ int recomputed(int x) {

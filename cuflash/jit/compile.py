@@ -95,7 +95,8 @@ class Cubin:
 
 def cubin(kernel: Kernel, arch: int) -> Cubin:
     """Compiles for an architecture without loading: needs NVRTC, but no GPU and no driver."""
-    code, log = _nvrtc(kernel, f"-arch=sm_{arch}", "--ptxas-options=-v")
+    # NVRTC keeps a cache of its own, and a hit reports nothing.
+    code, log = _nvrtc(kernel, f"-arch=sm_{arch}", "--ptxas-options=-v", "--no-cache")
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
         raise RuntimeError(f"NVRTC reported no register count for {kernel}:\n{log}")

@@ -1,0 +1,146 @@
+"""The host side of the kernels: strides and pointers into a Params struct, and the launch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import cupy as cp
+import numpy as np
+
+from .. import arrays
+from ..jit import gpu as gpus
+from ..jit.launch import launch
+from . import plan
+from .problem import Operands, Problem, sum_dtype
+
+BATCH_AXES = 4  # kBatchAxes
+END_ALIGNED = -(1 << 62)  # kEndAligned
+UNBOUNDED = 1 << 40
+
+_STRIDED = np.dtype([("data", "u8"), ("batch", "i8", BATCH_AXES), ("head", "i8"), ("row", "i8")])
+_PER_BATCH = np.dtype([("data", "u8"), ("batch", "i8", BATCH_AXES), ("bytes", "i8")])
+
+
+def params_dtype(accumulator: str) -> np.dtype:
+    """The struct Params of tile_loop.cuh."""
+    arrays_ = [(name, _STRIDED) for name in ("q", "k", "v", "out", "lse")]
+    per_batch = [(name, _PER_BATCH) for name in ("q_starts", "kv_lengths")]
+    integers = [(name, "i8") for name in ("q_start", "left", "right")]
+    factors = [(name, accumulator) for name in ("scale_log2", "factor")]
+    sizes = ("batches", "heads", "group", "len_q", "len_k", "head_dim", "head_dim_v", "sweep")
+    fields = [*arrays_, *per_batch, *integers, *factors, ("batch_shape", "i4", BATCH_AXES)]
+    return np.dtype([*fields, *((name, "i4") for name in sizes)], align=True)
+
+
+_PARAMS = {name: params_dtype(name) for name in ("float32", "float64")}
+
+
+def forward(problem: Problem, operands: Operands) -> None:
+    """Fill ``operands.out`` and ``operands.lse``, on CuPy's current device and stream."""
+    ready, copies = in_place(operands)
+    shape, strides = collapse(ready)
+    problem = replace(problem, batch=shape[-BATCH_AXES:])
+    chosen = plan.choose(problem, gpus.current(), arrays.dtype_name(ready.out.dtype), copies)
+    for index in np.ndindex(shape[:-BATCH_AXES]):  # more than one only where axes do not collapse
+        launch(chosen, params(problem, ready, strides, index))
+
+
+def in_place(operands: Operands) -> tuple[Operands, tuple[str, ...]]:
+    """Copy what kernels cannot read where it lies, and name it."""
+    copies = tuple(name for name in ("q", "k", "v") if not readable(getattr(operands, name)))
+    copied = {name: padded(getattr(operands, name)) for name in copies}
+    lengths = {name: word(getattr(operands, name)) for name in ("q_start", "kv_lengths")}
+    kept = {name: getattr(operands, name) for name in ("q", "k", "v", "out", "lse")}
+    return Operands(**{**kept, **copied, **lengths}), copies
+
+
+def readable(array: cp.ndarray) -> bool:
+    """Whether every row is contiguous and starts on a multiple of 16 bytes."""
+    if array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
+        return False
+    starts = (stride for stride, length in zip(array.strides[:-1], array.shape) if length > 1)
+    return array.data.ptr % 16 == 0 and all(stride % 16 == 0 for stride in starts)
+
+
+def padded(array: cp.ndarray) -> cp.ndarray:
+    """A copy whose rows start on multiples of 16 bytes. Broadcast axes are copied once."""
+    once = array[tuple(slice(0, 1) if s == 0 else slice(None) for s in array.strides[:-1])]
+    unit = 16 // array.itemsize
+    room = cp.empty((*once.shape[:-1], -(-once.shape[-1] // unit) * unit), array.dtype)
+    copy = room[..., : once.shape[-1]]
+    copy[...] = once
+    return cp.broadcast_to(copy, array.shape)
+
+
+def word(lengths: cp.ndarray | None) -> cp.ndarray | None:
+    """Lengths as int32 or int64, which the kernels read."""
+    if lengths is None or lengths.dtype in (np.int32, np.int64):
+        return lengths
+    return lengths.astype(np.int64)
+
+
+def collapse(operands: Operands) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+    """Merge neighbouring batch axes that every operand walks over in one stride.
+
+    Returns the batch shape, at least BATCH_AXES axes long, and each operand's strides in elements.
+    """
+    present = {name: array for name, array in vars(operands).items() if hasattr(array, "strides")}
+    batch = operands.q.shape[:-3]
+    walks = {
+        name: [stride // array.itemsize for stride in array.strides[: len(batch)]]
+        for name, array in present.items()
+    }
+    shape: list[int] = []
+    kept: dict[str, list[int]] = {name: [] for name in present}
+    for axis, length in enumerate(batch):
+        if length == 1:
+            continue
+        if shape and all(kept[name][-1] == walks[name][axis] * length for name in present):
+            shape[-1] *= length
+            for name in present:
+                kept[name][-1] = walks[name][axis]
+        else:
+            shape.append(length)
+            for name in present:
+                kept[name].append(walks[name][axis])
+    missing = BATCH_AXES - len(shape)
+    strides = {name: (*[0] * missing, *kept[name]) for name in present}
+    return (*[1] * missing, *shape), strides
+
+
+def params(
+    problem: Problem,
+    operands: Operands,
+    strides: dict[str, tuple[int, ...]],
+    index: tuple[int, ...],
+) -> np.ndarray:
+    """The kernel's argument for the batch entries at `index` of the leading axes."""
+    filled = np.zeros((), _PARAMS[sum_dtype(problem.dtype)])
+    for name in ("q", "k", "v", "out", "lse", "q_start", "kv_lengths"):
+        array = getattr(operands, name)
+        if array is None:
+            continue
+        offset = sum(i * stride for i, stride in zip(index, strides[name]))
+        field = filled["q_starts" if name == "q_start" else name]
+        field["data"] = array.data.ptr + offset * array.itemsize
+        field["batch"] = strides[name][-BATCH_AXES:]
+        if name in ("q_start", "kv_lengths"):
+            field["bytes"] = array.itemsize
+        else:
+            heads = -2 if name == "lse" else -3
+            field["head"] = array.strides[heads] // array.itemsize
+            field["row"] = array.strides[heads + 1] // array.itemsize
+    filled["q_start"] = END_ALIGNED if problem.q_start is None else problem.q_start
+    filled["left"] = UNBOUNDED if problem.left is None else problem.left
+    filled["right"] = UNBOUNDED if problem.right is None else problem.right
+    filled["scale_log2"] = abs(problem.scale) * math.log2(math.e) if problem.scale else 1
+    filled["factor"] = (problem.scale > 0) - (problem.scale < 0)
+    filled["batch_shape"] = problem.batch
+    filled["batches"] = math.prod(problem.batch)
+    filled["heads"], filled["group"] = problem.heads, problem.group
+    filled["len_q"], filled["len_k"] = problem.len_q, problem.len_k
+    filled["head_dim"], filled["head_dim_v"] = problem.head_dim, problem.head_dim_v
+    filled["sweep"] = plan.sweep(problem, gpus.current())
+    return filled

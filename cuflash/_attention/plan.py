@@ -1,0 +1,253 @@
+"""Which kernel, with which tiles: the only place with heuristics."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from ..jit.gpu import Gpu
+from ..jit.launch import Plan
+from ..jit.source import Kernel
+from .problem import Problem, sum_dtype
+
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+BUCKETS = (32, 64, 96, 128, 192, 256)  # head dims that kernels are compiled for
+
+# Where tensor cores beat the FMA units at full precision; elsewhere TF32 or FP64 run no faster there.
+_TF32_ARCHS = (80, 90, 100, 103)
+_DMMA_ARCHS = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a thread block is cut.
+
+    Parameters
+    ----------
+    queries, keys : int
+        Rows of a query tile and of a key tile.
+    warps : int
+        Each holds ``queries / warps`` rows.
+    stages : int
+        Key tiles in shared memory at a time. With 2, loads of the next tile run beside all of this one's
+        arithmetic; with 1, K of the next beside softmax and P V, and V of this one beside Q K^T.
+    blocks : int
+        Thread blocks a multiprocessor should hold, which bounds a thread's registers.
+    columns : int
+        Columns of V, and of the output, that a block works on: what its registers can hold.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    blocks: int
+    columns: int = 256
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A kernel file and its tiles, by the larger head dim up to which they serve, the preferred first."""
+
+    file: str
+    tiles: tuple[tuple[int, Tile], ...]
+
+
+_MMA = Engine(
+    "_attention/forward_mma.cu",
+    (
+        (64, Tile(128, 64, 4, 2, 2)),
+        (64, Tile(128, 64, 4, 1, 2)),
+        (96, Tile(128, 48, 4, 1, 2)),
+        (128, Tile(128, 32, 4, 1, 2)),
+        (192, Tile(64, 64, 4, 1, 2)),
+        (192, Tile(64, 32, 4, 1, 2)),
+        (256, Tile(64, 32, 4, 1, 2)),
+    ),
+)
+_TF32 = Engine(
+    "_attention/forward_fp32.cu",
+    (
+        (64, Tile(64, 32, 4, 1, 2)),
+        (128, Tile(64, 32, 4, 1, 2)),
+        (256, Tile(64, 16, 4, 1, 1)),
+        (256, Tile(64, 16, 4, 1, 1)),
+    ),
+)
+_DMMA = Engine(
+    "_attention/forward_fp64.cu",
+    (
+        (64, Tile(64, 32, 4, 1, 2)),
+        (128, Tile(64, 16, 4, 1, 1)),
+        (256, Tile(64, 16, 4, 1, 1, columns=128)),
+        (256, Tile(32, 16, 2, 1, 1, columns=128)),
+    ),
+)
+_SIMT_FLOAT = Engine(
+    "_attention/forward_simt.cu",
+    (
+        (64, Tile(128, 32, 4, 1, 2)),
+        (128, Tile(64, 32, 4, 1, 2)),
+        (128, Tile(32, 32, 2, 1, 2)),
+        (256, Tile(32, 16, 2, 1, 2)),
+    ),
+)
+_SIMT_DOUBLE = Engine(
+    "_attention/forward_simt.cu",
+    (
+        (64, Tile(32, 32, 2, 1, 2)),
+        (128, Tile(16, 16, 2, 1, 2)),
+        (256, Tile(16, 8, 2, 1, 1)),
+    ),
+)
+
+
+def choose(problem: Problem, gpu: Gpu, output: str, copies: tuple[str, ...] = ()) -> Plan:
+    """Plan one launch.
+
+    Parameters
+    ----------
+    problem : Problem
+    gpu : Gpu
+    output : str
+        The dtype of ``out``.
+    copies : tuple of str
+        Operands that have to be copied first.
+    """
+    engine, constants, why = _engine(problem, gpu)
+    tile = _tile(engine, problem, gpu)
+    return plan(problem, gpu, output, engine, constants, tile, why, copies)
+
+
+def _engine(problem: Problem, gpu: Gpu) -> tuple[Engine, dict[str, bool | str], str]:
+    """The engine, the constants it needs beside the tile's, and the reason."""
+    dtype, arch = problem.dtype, gpu.arch
+    if dtype == "float16" or (dtype == "bfloat16" and arch >= 80):
+        return _MMA, {}, f"{dtype} on the tensor cores"
+    if dtype == "bfloat16":
+        return _SIMT_FLOAT, {"Number": "float32"}, "bfloat16 in float32: no tensor cores for it"
+    if dtype == "float64":
+        if arch in _DMMA_ARCHS:
+            return _DMMA, {}, "float64 on its tensor cores"
+        return _SIMT_DOUBLE, {"Number": "float64"}, "float64 on the FMA units: no tensor cores for it"
+    if problem.precision == "tf32" and arch >= 80:
+        return _TF32, {"kSplit": False}, "precision='tf32'"
+    if arch in _TF32_ARCHS:
+        return _TF32, {"kSplit": True}, "float32 as sums of two TF32 numbers, three products each"
+    return _SIMT_FLOAT, {"Number": "float32"}, "float32 on the FMA units: TF32 is no faster here"
+
+
+def bucket(head_dim: int) -> int:
+    """The head dim a kernel is compiled for."""
+    return next(size for size in BUCKETS if size >= head_dim)
+
+
+def _tile(engine: Engine, problem: Problem, gpu: Gpu) -> Tile:
+    """The first tile that serves the head dims and fits in shared memory."""
+    widest = max(problem.head_dim, problem.head_dim_v)
+    for head_dim, tile in engine.tiles:
+        if widest <= head_dim and shared_memory(engine, problem, tile) <= gpu.shared_memory_per_block:
+            return tile
+    raise RuntimeError(f"no tile of {engine.file} serves head dim {widest} on {gpu.name}")
+
+
+def shared_memory(engine: Engine, problem: Problem, tile: Tile) -> int:
+    """Bytes a block: Q, then each stage's K and V."""
+    size = BYTES[sum_dtype(problem.dtype)] if engine is not _MMA else BYTES[problem.dtype]
+    d, d_v = bucket(problem.head_dim), min(bucket(problem.head_dim_v), tile.columns)
+    return size * (tile.queries * d + tile.stages * tile.keys * (d + d_v))
+
+
+def plan(
+    problem: Problem,
+    gpu: Gpu,
+    output: str,
+    engine: Engine,
+    constants: dict[str, bool | str],
+    tile: Tile,
+    why: str,
+    copies: tuple[str, ...],
+) -> Plan:
+    """Spell out a chosen tile as a launch."""
+    per_warp = tile.queries // tile.warps
+    columns = min(bucket(problem.head_dim_v), tile.columns)
+    slices = -(-problem.head_dim_v // columns)
+    rows = {"kThreadRows": per_warp // 4} if "Number" in constants else {"kRowTiles": per_warp // 16}
+    kernel = Kernel(
+        engine.file,
+        "attention_forward",
+        (
+            ("Element", problem.dtype),
+            ("Output", output),
+            ("kHeadDim", bucket(problem.head_dim)),
+            ("kHeadDimV", columns),
+            ("kSlices", slices),
+            ("kBlockM", tile.queries),
+            ("kBlockN", tile.keys),
+            ("kThreads", 32 * tile.warps),
+            ("kStages", tile.stages),
+            ("kMinBlocks", tile.blocks),
+            *rows.items(),
+            *constants.items(),
+        ),
+    )
+    blocks = -(-problem.len_q // tile.queries) * slices * pairs_of_heads(problem)
+    seen = visible(problem) * pairs_of_heads(problem)
+    return Plan(
+        kernel=kernel,
+        grid=(blocks, 1, 1),
+        threads=32 * tile.warps,
+        shared_memory=shared_memory(engine, problem, tile),
+        bytes=traffic(problem, output),
+        operations=2 * (problem.head_dim + problem.head_dim_v) * seen,
+        why=why,
+        copies=copies,
+    )
+
+
+@functools.cache
+def sweep(problem: Problem, gpu: Gpu) -> int:
+    """How many (batch, head) pairs advance through their query tiles together.
+
+    Where rows see different numbers of keys, blocks with most work start first, in groups of heads
+    whose K and V fill half of L2; otherwise a head's tiles follow one another and share its keys.
+    """
+    if problem.left is None and problem.right is None:
+        return 1
+    size = BYTES[problem.dtype] * problem.len_k * (problem.head_dim + problem.head_dim_v)
+    return max(1, min(pairs_of_heads(problem), gpu.l2_bytes // 2 // max(size, 1) * problem.group))
+
+
+def pairs_of_heads(problem: Problem) -> int:
+    """Heads, over all batches."""
+    pairs = problem.heads
+    for length in problem.batch:
+        pairs *= length
+    return pairs
+
+
+def visible(problem: Problem) -> int:
+    """Scores of one head that are not masked, with all of len_k where lengths are arrays."""
+    len_q, len_k = problem.len_q, problem.len_k
+    start = len_k - len_q if problem.q_start is None else problem.q_start
+    end = len_k * len_q
+    if problem.right is not None:
+        end = _clamped_sum(start + problem.right + 1, len_q, len_k)
+    begin = 0 if problem.left is None else _clamped_sum(start - problem.left, len_q, len_k)
+    return end - begin
+
+
+def _clamped_sum(first: int, count: int, limit: int) -> int:
+    """The sum of first, first + 1, ..., `count` of them, each clamped to [0, limit]."""
+    rising = range(max(first, 0), max(min(first + count, limit), max(first, 0)))
+    capped = max(0, min(count, first + count - limit))
+    return (rising.start + rising.stop - 1) * len(rising) // 2 + limit * capped
+
+
+def traffic(problem: Problem, output: str) -> int:
+    """Bytes of device memory: each operand read once, each result written once."""
+    rows = pairs_of_heads(problem) * problem.len_q
+    keys = pairs_of_heads(problem) // max(problem.group, 1) * problem.len_k
+    inputs = rows * problem.head_dim + keys * (problem.head_dim + problem.head_dim_v)
+    lse = rows * BYTES[sum_dtype(problem.dtype)] if problem.return_lse else 0
+    return BYTES[problem.dtype] * inputs + BYTES[output] * rows * problem.head_dim_v + lse

@@ -8,7 +8,6 @@ it runs where that is there, and its test is skipped where it is not.
 
 from __future__ import annotations
 
-import configparser
 import doctest
 import importlib
 import inspect
@@ -239,12 +238,6 @@ def test_pages_name_tests_that_exist():
         text = (ROOT / page).read_text(encoding="utf-8")
         for path, name in re.findall(r"(tests/\w+\.py)::(test_\w+)", text):
             assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{page}: {name}"
-
-
-def test_versions_agree():
-    metadata = configparser.ConfigParser()
-    metadata.read(ROOT / "setup.cfg", encoding="utf-8")
-    assert metadata["metadata"]["version"] == cuflash.__version__
 
 
 def test_readme_points_at_files_that_exist():

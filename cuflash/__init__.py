@@ -2,6 +2,15 @@
 
 from ._attention.api import attention, merge_attention
 from ._softmax.api import log_softmax, logsumexp, softmax
+from .tools import explain, show_config, warmup
 
-__version__ = "0.1.0"
-__all__ = ["attention", "log_softmax", "logsumexp", "merge_attention", "softmax"]
+__all__ = [
+    "attention",
+    "explain",
+    "log_softmax",
+    "logsumexp",
+    "merge_attention",
+    "show_config",
+    "softmax",
+    "warmup",
+]

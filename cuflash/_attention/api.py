@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import arrays
+from .. import arrays, tools
+from ..jit.launch import Plan
 from . import check
 from .problem import Operands, Problem, sum_dtype
 
@@ -309,6 +310,16 @@ def prepare_merge(
     return caller, *parts, *given
 
 
+def _plans(*args: Any, **kwargs: Any) -> list[Plan]:
+    """What a call of attention would launch."""
+    caller, problem, operands = prepare(*args, **kwargs)
+    if not caller.on_gpu:
+        return []
+    with caller:
+        allocate(caller, problem, operands)
+        return _backend(caller).plans(problem, operands)
+
+
 def _backend(caller: arrays.Caller) -> ModuleType:
     """Return where the work is done; only a GPU array brings in CuPy."""
     if caller.on_gpu:
@@ -318,3 +329,6 @@ def _backend(caller: arrays.Caller) -> ModuleType:
     from . import cpu
 
     return cpu
+
+
+tools.register(attention, _plans)

@@ -36,7 +36,7 @@ struct Tf32Products : MmaLayout {
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int c = 0; c < kScores; ++c) s[r][c] = 0;
-#pragma unroll
+#pragma unroll 2
     for (int first = 0; first < kHeadDim; first += kRun) {
       T run[kRows][kScores] = {};
 #pragma unroll

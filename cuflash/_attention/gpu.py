@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import arrays
 from ..jit import gpu as gpus
-from ..jit.launch import launch
+from ..jit.launch import Plan, launch
 from . import plan
 from .problem import Operands, Problem, sum_dtype
 
@@ -34,17 +34,68 @@ def params_dtype(accumulator: str) -> np.dtype:
     return np.dtype([*fields, *((name, "i4") for name in sizes)], align=True)
 
 
+_MERGE = np.dtype(  # the struct Params of combine.cu
+    [
+        ("outs", "u8", plan.PARTS),
+        ("lses", "u8", plan.PARTS),
+        ("out", "u8"),
+        ("lse", "u8"),
+        ("elements", "i8"),
+        ("head_dim_v", "i4"),
+        ("parts", "i4"),
+    ],
+    align=True,
+)
 _PARAMS = {name: params_dtype(name) for name in ("float32", "float64")}
 
 
 def forward(problem: Problem, operands: Operands) -> None:
     """Fill ``operands.out`` and ``operands.lse``, on CuPy's current device and stream."""
+    ready, problem, chosen, strides, leading = prepared(problem, operands)
+    for index in np.ndindex(leading):  # more than one only where many batch axes do not collapse
+        launch(chosen, params(problem, ready, strides, index))
+
+
+def plans(problem: Problem, operands: Operands) -> list[Plan]:
+    """The launches of `forward`, without launching."""
+    _, _, chosen, _, leading = prepared(problem, operands)
+    return [chosen] * math.prod(leading)
+
+
+def prepared(
+    problem: Problem, operands: Operands
+) -> tuple[Operands, Problem, Plan, dict[str, tuple[int, ...]], tuple[int, ...]]:
+    """All that a launch needs: readable operands and their strides, and how often to launch."""
     ready, copies = in_place(operands)
     shape, strides = collapse(ready)
     problem = replace(problem, batch=shape[-BATCH_AXES:])
     chosen = plan.choose(problem, gpus.current(), arrays.dtype_name(ready.out.dtype), copies)
-    for index in np.ndindex(shape[:-BATCH_AXES]):  # more than one only where axes do not collapse
-        launch(chosen, params(problem, ready, strides, index))
+    return ready, problem, chosen, strides, shape[:-BATCH_AXES]
+
+
+def merge(outs: list[Any], lses: list[Any], out: cp.ndarray, lse: cp.ndarray) -> None:
+    """Fill `out` and `lse` with attention over the keys of all parts."""
+    if len(outs) > plan.PARTS:  # the first ones, merged in full precision, become one part
+        outs = [each.astype(lse.dtype) for each in outs]
+        first = cp.empty(out.shape, lse.dtype), cp.empty(lse.shape, lse.dtype)
+        merge(outs[: plan.PARTS], lses[: plan.PARTS], *first)
+        merge([first[0], *outs[plan.PARTS :]], [first[1], *lses[plan.PARTS :]], out, lse)
+        return
+    chosen = plan.merge(arrays.dtype_name(outs[0].dtype), arrays.dtype_name(out.dtype), out.shape)
+    parts = {"outs": [*map(cp.ascontiguousarray, outs)], "lses": [*map(cp.ascontiguousarray, lses)]}
+    results = [
+        each if each.flags.c_contiguous else cp.empty(each.shape, each.dtype) for each in (out, lse)
+    ]
+    filled = np.zeros((), _MERGE)
+    for name, each in parts.items():
+        filled[name][: len(each)] = [part.data.ptr for part in each]
+    filled["out"], filled["lse"] = (each.data.ptr for each in results)
+    filled["elements"], filled["head_dim_v"] = out.size, out.shape[-1]
+    filled["parts"] = len(outs)
+    launch(chosen, filled)
+    for given, result in zip((out, lse), results):
+        if result is not given:
+            given[...] = result
 
 
 def in_place(operands: Operands) -> tuple[Operands, tuple[str, ...]]:

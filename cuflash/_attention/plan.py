@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from ..jit.gpu import Gpu
@@ -13,7 +14,7 @@ from .problem import Problem, sum_dtype
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 BUCKETS = (32, 64, 96, 128, 192, 256)  # head dims that kernels are compiled for
 
-# Where tensor cores beat the FMA units at full precision; elsewhere TF32 or FP64 run no faster there.
+# Where tensor cores are the faster way to full precision; elsewhere they gain nothing.
 _TF32_ARCHS = (80, 90, 100, 103)
 _DMMA_ARCHS = (80, 90, 100)
 
@@ -29,10 +30,11 @@ class Tile:
     warps : int
         Each holds ``queries / warps`` rows.
     stages : int
-        Key tiles in shared memory at a time. With 2, loads of the next tile run beside all of this one's
-        arithmetic; with 1, K of the next beside softmax and P V, and V of this one beside Q K^T.
+        Key tiles in shared memory at a time. With 2, the next tile is loaded beside all of this
+        one's arithmetic; with 1, the next K beside softmax and P V, this one's V beside Q K^T.
     blocks : int
-        Thread blocks a multiprocessor should hold, which bounds a thread's registers.
+        Blocks a multiprocessor should hold, so that one's softmax hides under another's products;
+        it bounds a thread's registers.
     columns : int
         Columns of V, and of the output, that a block works on: what its registers can hold.
     """
@@ -47,37 +49,46 @@ class Tile:
 
 @dataclass(frozen=True)
 class Engine:
-    """A kernel file and its tiles, by the larger head dim up to which they serve, the preferred first."""
+    """A kernel file and its tiles, each with the largest head dim it serves, best first."""
 
     file: str
     tiles: tuple[tuple[int, Tile], ...]
 
 
+# Two 16-row blocks a warp halve what shared memory must deliver for each product; one, where O is
+# too wide for the registers. docs/kernel.rst has the measurements.
 _MMA = Engine(
     "_attention/forward_mma.cu",
     (
+        (64, Tile(128, 96, 4, 2, 2)),
         (64, Tile(128, 64, 4, 2, 2)),
-        (64, Tile(128, 64, 4, 1, 2)),
-        (96, Tile(128, 48, 4, 1, 2)),
+        (64, Tile(64, 64, 4, 1, 2)),
+        (96, Tile(128, 64, 4, 2, 2)),
+        (128, Tile(128, 64, 4, 2, 2)),
+        (128, Tile(128, 64, 4, 1, 2)),
         (128, Tile(128, 32, 4, 1, 2)),
-        (192, Tile(64, 64, 4, 1, 2)),
-        (192, Tile(64, 32, 4, 1, 2)),
+        (128, Tile(128, 32, 4, 1, 1)),
+        (256, Tile(64, 64, 4, 1, 2)),
         (256, Tile(64, 32, 4, 1, 2)),
+        (256, Tile(64, 32, 4, 1, 1)),
     ),
 )
 _TF32 = Engine(
     "_attention/forward_fp32.cu",
     (
-        (64, Tile(64, 32, 4, 1, 2)),
+        (64, Tile(128, 32, 4, 2, 2)),
+        (128, Tile(64, 32, 4, 2, 2)),
         (128, Tile(64, 32, 4, 1, 2)),
-        (256, Tile(64, 16, 4, 1, 1)),
+        (128, Tile(64, 16, 4, 1, 2)),
+        (256, Tile(64, 16, 4, 1, 2)),
         (256, Tile(64, 16, 4, 1, 1)),
     ),
 )
 _DMMA = Engine(
     "_attention/forward_fp64.cu",
     (
-        (64, Tile(64, 32, 4, 1, 2)),
+        (64, Tile(128, 32, 8, 1, 1)),
+        (128, Tile(128, 16, 8, 1, 1)),
         (128, Tile(64, 16, 4, 1, 1)),
         (256, Tile(64, 16, 4, 1, 1, columns=128)),
         (256, Tile(32, 16, 2, 1, 1, columns=128)),
@@ -87,16 +98,20 @@ _SIMT_FLOAT = Engine(
     "_attention/forward_simt.cu",
     (
         (64, Tile(128, 32, 4, 1, 2)),
-        (128, Tile(64, 32, 4, 1, 2)),
-        (128, Tile(32, 32, 2, 1, 2)),
+        (64, Tile(128, 32, 4, 1, 1)),
+        (128, Tile(64, 16, 4, 1, 2)),
+        (128, Tile(64, 16, 4, 1, 1)),
         (256, Tile(32, 16, 2, 1, 2)),
+        (256, Tile(32, 16, 2, 1, 1)),
     ),
 )
 _SIMT_DOUBLE = Engine(
     "_attention/forward_simt.cu",
     (
         (64, Tile(32, 32, 2, 1, 2)),
+        (64, Tile(32, 32, 2, 1, 1)),
         (128, Tile(16, 16, 2, 1, 2)),
+        (128, Tile(16, 16, 2, 1, 1)),
         (256, Tile(16, 8, 2, 1, 1)),
     ),
 )
@@ -129,7 +144,7 @@ def _engine(problem: Problem, gpu: Gpu) -> tuple[Engine, dict[str, bool | str], 
     if dtype == "float64":
         if arch in _DMMA_ARCHS:
             return _DMMA, {}, "float64 on its tensor cores"
-        return _SIMT_DOUBLE, {"Number": "float64"}, "float64 on the FMA units: no tensor cores for it"
+        return _SIMT_DOUBLE, {"Number": "float64"}, "float64 on the FMA units, its only ones here"
     if problem.precision == "tf32" and arch >= 80:
         return _TF32, {"kSplit": False}, "precision='tf32'"
     if arch in _TF32_ARCHS:
@@ -143,10 +158,14 @@ def bucket(head_dim: int) -> int:
 
 
 def _tile(engine: Engine, problem: Problem, gpu: Gpu) -> Tile:
-    """The first tile that serves the head dims and fits in shared memory."""
+    """The first tile that serves the head dims and of which enough blocks fit."""
     widest = max(problem.head_dim, problem.head_dim_v)
+    reserved = gpu.shared_memory_per_multiprocessor - gpu.shared_memory_per_block  # of each block's
     for head_dim, tile in engine.tiles:
-        if widest <= head_dim and shared_memory(engine, problem, tile) <= gpu.shared_memory_per_block:
+        block = shared_memory(engine, problem, tile)
+        together = tile.blocks * (block + reserved)
+        fits = block <= gpu.shared_memory_per_block
+        if widest <= head_dim and fits and together <= gpu.shared_memory_per_multiprocessor:
             return tile
     raise RuntimeError(f"no tile of {engine.file} serves head dim {widest} on {gpu.name}")
 
@@ -172,7 +191,8 @@ def plan(
     per_warp = tile.queries // tile.warps
     columns = min(bucket(problem.head_dim_v), tile.columns)
     slices = -(-problem.head_dim_v // columns)
-    rows = {"kThreadRows": per_warp // 4} if "Number" in constants else {"kRowTiles": per_warp // 16}
+    on_fma_units = "Number" in constants
+    rows = ("kThreadRows", per_warp // 4) if on_fma_units else ("kRowTiles", per_warp // 16)
     kernel = Kernel(
         engine.file,
         "attention_forward",
@@ -187,7 +207,7 @@ def plan(
             ("kThreads", 32 * tile.warps),
             ("kStages", tile.stages),
             ("kMinBlocks", tile.blocks),
-            *rows.items(),
+            rows,
             *constants.items(),
         ),
     )
@@ -202,6 +222,24 @@ def plan(
         operations=2 * (problem.head_dim + problem.head_dim_v) * seen,
         why=why,
         copies=copies,
+    )
+
+
+PARTS = 64  # that one launch merges
+
+
+def merge(dtype: str, output: str, shape: tuple[int, ...]) -> Plan:
+    """Plan the merging of partial results of `shape`."""
+    elements = math.prod(shape)
+    constants = (("Element", dtype), ("Output", output), ("kParts", PARTS))
+    return Plan(
+        kernel=Kernel("_attention/combine.cu", "attention_combine", constants),
+        grid=(-(-elements // 256), 1, 1),
+        threads=256,
+        shared_memory=0,
+        bytes=elements * (BYTES[dtype] + BYTES[output]),
+        operations=4 * elements,
+        why="a thread an element, the parts one after another",
     )
 
 
@@ -220,10 +258,7 @@ def sweep(problem: Problem, gpu: Gpu) -> int:
 
 def pairs_of_heads(problem: Problem) -> int:
     """Heads, over all batches."""
-    pairs = problem.heads
-    for length in problem.batch:
-        pairs *= length
-    return pairs
+    return problem.heads * math.prod(problem.batch)
 
 
 def visible(problem: Problem) -> int:

@@ -1,1 +1,1 @@
-"""From CUDA source files and constants to launches: nothing above this package knows what NVRTC is."""
+"""From CUDA sources and constants to launches; nothing above this package knows NVRTC."""

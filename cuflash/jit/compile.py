@@ -93,10 +93,13 @@ class Cubin:
     static_shared_memory: int  # bytes a block
 
 
-def cubin(kernel: Kernel, arch: int) -> Cubin:
-    """Compiles for an architecture without loading: needs NVRTC, but no GPU and no driver."""
+def cubin(kernel: Kernel, arch: int, also: str = "") -> Cubin:
+    """Compiles for an architecture without loading: needs NVRTC, but no GPU and no driver.
+
+    `also` is put behind the source: a test's static_assert, for one.
+    """
     # NVRTC keeps a cache of its own, and a hit reports nothing.
-    code, log = _nvrtc(kernel, f"-arch=sm_{arch}", "--ptxas-options=-v", "--no-cache")
+    code, log = _nvrtc(kernel, f"-arch=sm_{arch}", "--ptxas-options=-v", "--no-cache", also=also)
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
         raise RuntimeError(f"NVRTC reported no register count for {kernel}:\n{log}")
@@ -111,12 +114,12 @@ def cubin(kernel: Kernel, arch: int) -> Cubin:
     )
 
 
-def _nvrtc(kernel: Kernel, arch: str, *options: str) -> tuple[bytes, str]:
+def _nvrtc(kernel: Kernel, arch: str, *options: str, also: str = "") -> tuple[bytes, str]:
     """PTX for `-arch=compute_XX`, a cubin for `-arch=sm_XX`, and the log."""
     from cupy.cuda import nvrtc
 
     _require_nvrtc()
-    program = nvrtc.createProgram(source.text(kernel), kernel.file, (), ())
+    program = nvrtc.createProgram(source.text(kernel) + also, kernel.file, (), ())
     try:
         nvrtc.compileProgram(program, (arch, *_OPTIONS, *options))
         code = nvrtc.getPTX(program) if "compute" in arch else nvrtc.getCUBIN(program)
@@ -137,5 +140,5 @@ def _require_nvrtc() -> None:
     except (RuntimeError, ImportError, OSError) as error:
         raise RuntimeError(
             "cuflash compiles its kernels with NVRTC, which was not found; "
-            "install it with: pip install 'cuflash[cuda13]' (or cuflash[cuda12] beside CuPy for CUDA 12)"
+            "install it with: pip install 'cuflash[cuda13]', or cuflash[cuda12] for CUDA 12"
         ) from error

@@ -59,7 +59,7 @@ def launch(plan: Plan, params: np.ndarray) -> None:
     ----------
     plan : Plan
     params : ndarray
-        One element of the structured dtype that mirrors the kernel's ``Params``; the driver copies it.
+        One element of the dtype that mirrors the kernel's ``Params``; the driver copies it.
     """
     from cupy.cuda.function import CPointer
 

@@ -1,0 +1,206 @@
+"""Looking at a call without making it: its plan, its compilation, the machine it would run on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib import metadata
+from typing import Any
+
+from .jit.launch import Plan
+
+# What a public function's room tells of a call: its launches, none where it runs in NumPy.
+Planner = Callable[..., list[Plan]]
+
+_planners: dict[Callable[..., Any], Planner] = {}
+
+
+def register(function: Callable[..., Any], planner: Planner) -> None:
+    """Let `explain` and `warmup` ask `planner` for the plans of a call of `function`."""
+    _planners[function] = planner
+
+
+def explain(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> str:
+    """How a call would run: engine, tiles, grid, registers, bytes and why.
+
+    Nothing is computed; on a GPU the kernels are compiled, to tell their registers.
+
+    Parameters
+    ----------
+    f : callable
+        A function of cuflash, such as ``cuflash.attention``.
+    *args, **kwargs
+        What it would be called with.
+
+    Returns
+    -------
+    str
+        A few lines for each launch.
+
+    Raises
+    ------
+    TypeError
+        If `f` is not a function of cuflash that runs kernels.
+    TypeError, ValueError
+        What the call itself would raise for these arguments.
+
+    Examples
+    --------
+    >>> import cuflash
+    >>> import numpy as np
+    >>> q = k = v = np.zeros((4, 10, 64), np.float32)
+    >>> print(cuflash.explain(cuflash.attention, q, k, v, causal=True))
+    attention: NumPy, the same tiles and recurrence as the kernels; no GPU array was passed
+    """
+    plans = _planner(f)(*args, **kwargs)
+    if not plans:
+        return (
+            f"{f.__name__}: NumPy, the same tiles and recurrence as the kernels; "
+            "no GPU array was passed"
+        )
+    return "\n".join([_launches(f.__name__, len(plans)), *map(_explained, dict.fromkeys(plans))])
+
+
+def warmup(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
+    """Compile ahead what a call needs, with a progress bar: the call itself then only launches.
+
+    Needed before a call is captured in a CUDA graph; welcome before a server takes requests.
+
+    Parameters
+    ----------
+    f : callable
+        A function of cuflash, such as ``cuflash.attention``.
+    *args, **kwargs
+        What it will be called with; kernels depend on dtypes, head dims and alignment, and rarely
+        on lengths.
+
+    Returns
+    -------
+    int
+        The number of kernels that are now loaded; 0 for NumPy arrays, which need none.
+
+    Raises
+    ------
+    TypeError
+        If `f` is not a function of cuflash that runs kernels.
+    TypeError, ValueError
+        What the call itself would raise for these arguments.
+
+    Examples
+    --------
+    >>> import cuflash
+    >>> import numpy as np
+    >>> cuflash.warmup(cuflash.softmax, np.zeros((4, 10)))
+    0
+    """
+    plans = list(dict.fromkeys(_planner(f)(*args, **kwargs)))
+    if plans:
+        load(plans, f.__name__)
+    return len(plans)
+
+
+def load(plans: list[Plan], title: str) -> None:
+    """Compile and load the plans' kernels side by side."""
+    import cupy
+    from tqdm import tqdm
+
+    device = cupy.cuda.Device()
+
+    def load_one(plan: Plan) -> None:
+        with device:
+            plan.load()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        loading = [pool.submit(load_one, plan) for plan in plans]
+        for done in tqdm(as_completed(loading), f"compiling {title}", len(loading), leave=False):
+            done.result()
+
+
+def show_config() -> None:
+    """Print versions, devices, engines and caches: what to send along with a question.
+
+    Examples
+    --------
+    >>> import cuflash
+    >>> cuflash.show_config()  # doctest: +ELLIPSIS
+    cuflash ...
+    """
+    print(f"cuflash {metadata.version('cuflash')}")
+    print(f"  Python {platform.python_version()} on {platform.platform()}")
+    for name in ("numpy", "cupy-cuda13x", "cupy-cuda12x", "array-api-compat", "ml_dtypes"):
+        print(f"  {name} {_version(name)}")
+    for line in _gpu_lines():
+        print(f"  {line}")
+    for name in sorted(name for name in os.environ if name.startswith(("CUFLASH_", "CUPY_"))):
+        print(f"  {name}={os.environ[name]}")
+
+
+def _planner(f: Callable[..., Any]) -> Planner:
+    if f not in _planners:
+        allowed = ", ".join(f"cuflash.{known.__name__}" for known in _planners)
+        raise TypeError(f"`f` is {f!r}, which launches nothing of its own; allowed are {allowed}")
+    return _planners[f]
+
+
+def _launches(name: str, count: int) -> str:
+    from .jit import gpu
+
+    found = gpu.current()
+    forced = ", as CUFLASH_ARCH asks" if found.forced else ""
+    launches = "1 launch" if count == 1 else f"{count} launches"
+    return f"{name}: {launches} on {found.name}, code for sm_{found.arch}{forced}"
+
+
+def _explained(plan: Plan) -> str:
+    loaded = plan.load()
+    constants = ", ".join(f"{name}={value}" for name, value in plan.kernel.constants)
+    blocks = " x ".join(str(length) for length in plan.grid)
+    lines = {
+        "kernel": plan.kernel.file,
+        "why": plan.why,
+        "constants": constants,
+        "grid": f"{blocks} blocks of {plan.threads} threads",
+        "shared memory": f"{plan.shared_memory + loaded.shared_size_bytes:,} B a block",
+        "registers": f"{loaded.num_regs} a thread, {loaded.local_size_bytes} B spilled",
+        "traffic": f"{plan.bytes:,} B",
+        "operations": f"{plan.operations:,}",
+        "copies": ", ".join(plan.copies) or "none: every argument is used in place",
+    }
+    return "\n".join(f"  {name:14} {value}" for name, value in lines.items())
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu_lines() -> list[str]:
+    """What CuPy finds, or why it finds nothing."""
+    try:
+        import cupy
+    except ImportError as error:
+        return [f"no CuPy, so NumPy only: {error}"]
+    from .jit import gpu
+
+    lines = []
+    try:
+        lines.append("NVRTC {}.{}".format(*cupy.cuda.nvrtc.getVersion()))
+    except (RuntimeError, ImportError, OSError):
+        lines.append("no NVRTC: pip install 'cuflash[cuda13]' or 'cuflash[cuda12]'")
+    lines.append(f"kernel cache {os.environ.get('CUPY_CACHE_DIR', '~/.cupy/kernel_cache')}")
+    if not cupy.cuda.is_available():
+        return [*lines, "no GPU: NumPy only"]
+    driver = cupy.cuda.runtime.driverGetVersion()
+    lines.append(f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}")
+    for device in range(cupy.cuda.runtime.getDeviceCount()):
+        with cupy.cuda.Device(device):
+            found = gpu.current()
+        lines.append(
+            f"GPU {device}: {found.name}, code for sm_{found.arch}, "
+            f"{found.multiprocessors} multiprocessors, portable engine"
+        )
+    return lines

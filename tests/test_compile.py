@@ -1,0 +1,108 @@
+"""Every kernel that a plan can choose compiles for every architecture, without spilling a register.
+
+No GPU is needed, only NVRTC: the code is compiled, not run.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from cuflash._attention import plan as attention_plan
+from cuflash._attention.problem import Problem
+from cuflash.jit import compile, gpu
+
+# Of the head dims' 36 pairs of buckets: all equal ones, and pairs that ask most of one side.
+HEAD_DIMS = [*((d, d) for d in attention_plan.BUCKETS), (192, 128), (64, 256), (256, 64)]
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+# ptxas calls these out when it serialises wgmma or gives up on a register budget.
+WARNINGS = (
+    "C7510",
+    "C7511",
+    "C7512",
+    "C7513",
+    "C7514",
+    "C7515",
+    "serialized",
+    "setmaxnreg ignored",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nvrtc() -> None:
+    pytest.importorskip("cupy", reason="needs CuPy and NVRTC, but no GPU")
+
+
+def problem(dtype: str, head_dim: int, head_dim_v: int, precision: str | None = None) -> Problem:
+    """A problem of ordinary size."""
+    lengths = {"batch": (2,), "heads": 4, "kv_heads": 2, "len_q": 512, "len_k": 512}
+    window = {"left": None, "right": 0, "q_start": None}
+    arrays = {"q_start_array": False, "kv_lengths_array": False}
+    return Problem(
+        dtype=dtype,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        scale=0.125,
+        precision=precision,
+        return_lse=True,
+        **lengths,
+        **window,
+        **arrays,
+    )
+
+
+def attention_plans(arch: int) -> dict[str, attention_plan.Plan]:
+    """A covering set of attention's plans, by the name of their kernel."""
+    inputs = [("float16", None), ("bfloat16", None), ("float64", None), ("float32", None)]
+    plans = {}
+    for (dtype, precision), (d, d_v) in itertools.product(inputs, HEAD_DIMS):
+        chosen = attention_plan.choose(problem(dtype, d, d_v, precision), gpu.of_arch(arch), dtype)
+        plans[str(chosen.kernel)] = chosen
+    for dtype, output, precision in (
+        ("float16", "float32", None),
+        ("bfloat16", "float32", None),
+        ("float32", "float32", "tf32"),
+    ):
+        for d in (64, 128, 256):
+            asked = problem(dtype, d, d, precision)
+            chosen = attention_plan.choose(asked, gpu.of_arch(arch), output)
+            plans[str(chosen.kernel)] = chosen
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        chosen = attention_plan.merge(dtype, dtype, (2, 4, 512, 64))
+        plans[str(chosen.kernel)] = chosen
+    return plans
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_attention_compiles_without_spills(arch: int) -> None:
+    for chosen in attention_plans(arch).values():
+        check(chosen, arch)
+
+
+def check(chosen: attention_plan.Plan, arch: int) -> None:
+    """The cubin keeps what the plan promises."""
+    found = compile.cubin(chosen.kernel, arch)
+    model = gpu.of_arch(arch)
+    about = f"{chosen.kernel} for sm_{arch}"
+    assert found.spills == 0, f"{about} spills {found.spills} bytes"
+    assert found.registers * chosen.threads <= 65536, f"{about} uses {found.registers} registers"
+    total = chosen.shared_memory + found.static_shared_memory
+    assert total <= model.shared_memory_per_block, f"{about} needs {total} bytes of shared memory"
+    assert not [warning for warning in WARNINGS if warning in found.log], f"{about}:\n{found.log}"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_the_host_knows_the_kernels_shared_memory_and_params(dtype: str) -> None:
+    """static_asserts appended to the kernel: the compiler itself compares."""
+    from cuflash._attention import gpu as host
+
+    chosen = attention_plan.choose(problem(dtype, 64, 96), gpu.of_arch(90), dtype)
+    products = {"float16": "HalfProducts", "float32": "Tf32Products", "float64": "DoubleProducts"}
+    size = host.params_dtype("float64" if dtype == "float64" else "float32").itemsize
+    checks = (
+        f"static_assert(Shared<{products[dtype]}>::kBytes == {chosen.shared_memory});"
+        f"static_assert(sizeof(Params) == {size});"
+    )
+    compile.cubin(chosen.kernel, 90, also=checks)

@@ -38,11 +38,11 @@ cuflash.warmup(cuflash.attention, q, q, q)
 cuflash.show_config()
 
 cuflash.attention(q, q)  # type: ignore[call-arg]
-cuflash.attention(q, q, q, 0.5)  # type: ignore[misc]
+cuflash.attention(q, q, q, 0.5)  # type: ignore[call-arg]
 cuflash.attention(q, q, q, mask=q)  # type: ignore[call-arg]
 cuflash.attention(q, q, q, scale="small")  # type: ignore[arg-type]
 cuflash.attention(q, q, q, window=1.5)  # type: ignore[arg-type]
 cuflash.attention(q, q, q, return_lse="yes")  # type: ignore[arg-type]
 cuflash.merge_attention(1, 2)  # type: ignore[arg-type]
 cuflash.softmax(q, axis="rows")  # type: ignore[arg-type]
-cuflash.softmax(q, -1, q)  # type: ignore[misc]
+cuflash.softmax(q, -1, q)  # type: ignore[call-arg]

@@ -80,9 +80,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write bench/results/<gpu>/tests.json at the end (implies --require-cuda)",
     )
+    group.addoption(
+        "--no-pool",
+        action="store_true",
+        help="GPU memory without CuPy's pool, so that compute-sanitizer sees every overrun",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist starts its workers
+def pytest_sessionstart(session: pytest.Session) -> None:
+    config = session.config
+    whole_suite = config.args_source is not pytest.Config.ArgsSource.ARGS
+    parallel = bool(getattr(config.option, "numprocesses", None))
+    is_worker = hasattr(config, "workerinput")
+    if missing("cuda") or is_worker or config.option.collectonly or not (whole_suite or parallel):
+        return
+    from compile_first import compile_first
+
+    compile_first()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--no-pool") and not missing("cuda"):
+        importlib.import_module("cupy").cuda.set_allocator(None)
     if not config.getoption("--record"):
         return
     config.option.require_cuda = True

@@ -315,15 +315,14 @@ class Parts:
         )
 
 
+dims = st.sampled_from([1, 5, 64, 256]) | st.integers(1, 256)
 parts = st.builds(
     Parts,
     seed=seeds,
     dtype=st.sampled_from(list(DTYPES)),
     count=st.integers(1, 5),
-    shape=st.tuples(
-        st.integers(0, 3), st.integers(1, 3), st.integers(0, 40), st.sampled_from([1, 5, 64, 256])
-    )
-    | st.tuples(st.integers(1, 3), st.integers(0, 140), st.integers(1, 256)),
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(0, 40), dims)
+    | st.tuples(st.integers(1, 3), st.integers(0, 140), dims),
     spread=st.sampled_from([1.0, 0.0, 20.0, 300.0]),
 )
 
@@ -351,6 +350,14 @@ def check_merged(drawn: Parts, merged, times: int = 1) -> None:
 @given(drawn=parts)
 def test_merge_is_the_formula(xp, drawn):
     check_merged(drawn, merge(xp, *drawn.materialise()))
+
+
+def test_merge_of_many(xp):
+    """More parts than one launch takes."""
+    for count in (63, 64, 65, 200):
+        for dtype in DTYPES:
+            drawn = Parts(count, dtype, count, (2, 3, 5), 20.0)
+            check_merged(drawn, merge(xp, *drawn.materialise()))
 
 
 @given(drawn=parts, data=st.data())

@@ -56,6 +56,49 @@ def test_awkward_shapes(xp, shape, dtype, causal):
         judge(call).check(*attend(call, xp))
 
 
+TILES = (16, 32, 64, 96, 128)
+EDGES = sorted({1, 257, *(tile + off for tile in TILES for off in (-1, 0, 1))})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("len_q", EDGES)
+def test_masks_at_the_edges_of_tiles(xp, len_q, dtype):
+    """One row that sees one key too many, or too few, shows wherever the tiles' borders are."""
+    for seed, len_k in enumerate(EDGES):
+        edge = EDGES[seed - len(EDGES) // 2]
+        for options in (
+            {"causal": True},
+            {"causal": True, "q_start": 0},
+            {"window": (edge, 0)},
+            {"window": (edge, edge), "kv_lengths": len_k - 1},
+            {"window": (0, edge), "q_start": edge},
+            {"window": (None, edge), "q_start": -edge},
+            {"kv_lengths": len_k - 1},
+        ):
+            call = materialise(
+                Problem(seed, dtype, len_q=len_q, len_k=len_k, head_dim=8, head_dim_v=8, **options)
+            )
+            judge(call).check(*attend(call, xp))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_keys(xp, dtype):
+    """Errors of one sign, in sums over thousands of keys, must not pile up."""
+    call = materialise(Problem(dtype=dtype, group=2, len_q=20, len_k=4100))
+    call = dataclasses.replace(call, v=np.abs(call.v))
+    judge(call).check(*attend(call, xp))
+
+
+def test_many_batch_axes(xp):
+    """More axes than a kernel walks over, none of which joins its neighbour in one stride."""
+    q, k = ((True, False) * 3, (False, True) * 3)
+    batch = (2, 3, 2, 2, 2, 3)
+    call = materialise(
+        Problem(batch=batch, shared=(q, k, k), len_q=5, len_k=7, head_dim=16, causal=True)
+    )
+    judge(call).check(*attend(call, xp))
+
+
 # Memory: what is not an output stays as it was, what is masked is never used.
 
 

@@ -1,0 +1,40 @@
+"""The kernels of the attention tests, compiled side by side before the first test.
+
+Drawn problems use a few hundred kernels. Compiled one by one as they come, and by every worker of
+pytest-xdist for itself, they would take many times as long; after this CuPy's disk cache has them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+from strategies import DTYPES
+
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # one of each size that kernels are compiled for
+
+
+def compile_first() -> None:
+    """Compile attention for all dtypes and pairs of head dims, on the current GPU."""
+    os.environ["TQDM_DISABLE"] = "1"  # hundreds of progress bars of one step each
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        calls = itertools.product(DTYPES, HEAD_DIMS, HEAD_DIMS)
+        for done in [pool.submit(compile_one, *call) for call in calls]:
+            done.result()
+    del os.environ["TQDM_DISABLE"]
+
+
+def compile_one(dtype: str, head_dim: int, head_dim_v: int) -> None:
+    import cupy as cp
+
+    import cuflash
+
+    q, k = (cp.zeros((1, 16, head_dim), DTYPES[dtype]) for _ in range(2))
+    v = cp.zeros((1, 16, head_dim_v), DTYPES[dtype])
+    cuflash.warmup(cuflash.attention, q, k, v)
+    if dtype == "float32":
+        cuflash.warmup(cuflash.attention, q, k, v, precision="tf32")
+    if dtype in ("float16", "bfloat16"):
+        out = cp.zeros((1, 16, head_dim_v), cp.float32)
+        cuflash.warmup(cuflash.attention, q, k, v, out=out)

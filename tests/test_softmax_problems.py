@@ -1,4 +1,4 @@
-"""The softmax family against its formulas and against SciPy: drawn problems, laws, memory, repeats."""
+"""The softmax family against its formulas and against SciPy: drawn problems, laws, repeats."""
 
 from __future__ import annotations
 
@@ -145,7 +145,9 @@ def test_logsumexp_over_nothing(xp):
 
 def test_no_axes_to_reduce(xp):
     x = xp.asarray([[1.0, np.inf], [-np.inf, np.nan]])
-    np.testing.assert_array_equal(host(cuflash.softmax(x, axis=())), [[1, np.nan], [np.nan, np.nan]])
+    np.testing.assert_array_equal(
+        host(cuflash.softmax(x, axis=())), [[1, np.nan], [np.nan, np.nan]]
+    )
     np.testing.assert_array_equal(host(cuflash.logsumexp(x, axis=())), host(x))
 
 
@@ -262,6 +264,4 @@ def test_more_axes_than_strides_are_copied_and_said(cp):
     )
     out, _ = place(np.zeros(shape), "steps", cp)
     cuflash.softmax(x, axis=axes, out=out)
-    np.testing.assert_allclose(
-        out.get(), scipy.special.softmax(x.get(), axis=axes), rtol=1e-13
-    )
+    np.testing.assert_allclose(out.get(), scipy.special.softmax(x.get(), axis=axes), rtol=1e-13)

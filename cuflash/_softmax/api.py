@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from .. import arrays
+from .. import arrays, tools
+from ..jit.launch import Plan
 from . import check
 from .problem import Operands, Problem
 
@@ -195,6 +197,31 @@ def logsumexp(
     return _call(*prepared, given=given)
 
 
+def _softmax_plans(x: Any, axis: Any = None, *, out: Any = None) -> list[Plan]:
+    return _plans(*prepare("softmax", x, axis, out))
+
+
+def _log_softmax_plans(x: Any, axis: Any = None, *, out: Any = None) -> list[Plan]:
+    return _plans(*prepare("log_softmax", x, axis, out))
+
+
+def _logsumexp_plans(
+    a: Any,
+    axis: Any = None,
+    b: Any = None,
+    keepdims: Any = False,
+    return_sign: Any = False,
+    *,
+    out: Any = None,
+) -> list[Plan]:
+    return _plans(*prepare_log(a, axis, b, keepdims, return_sign, out))
+
+
+tools.register(softmax, _softmax_plans)
+tools.register(log_softmax, _log_softmax_plans)
+tools.register(logsumexp, _logsumexp_plans)
+
+
 def prepare(
     function: str, x: Any, axis: Any, out: Any
 ) -> tuple[arrays.Caller, Problem, Operands, tuple[int, ...]]:
@@ -246,12 +273,16 @@ def prepare_log(
     return caller, problem, Operands(native["a"], into[0], weights, into[1]), shape
 
 
-def complete(caller: arrays.Caller, problem: Problem, operands: Operands) -> None:
+def complete(caller: arrays.Caller, problem: Problem, operands: Operands) -> tuple[str, ...]:
     """Bring the inputs to one dtype and shape, and make the outputs that the caller did not give.
 
-    Call it inside ``with caller``.
+    Call it inside ``with caller``. Returns the names of the operands that were converted.
     """
     dtype, result = np.dtype(problem.dtype), np.dtype(problem.result)
+    arriving = {"x": operands.x, "weights": operands.weights}
+    converted = [
+        name for name, array in arriving.items() if getattr(array, "dtype", dtype) != dtype
+    ]
     operands.x = _as(operands.x, dtype, problem.shape)
     if isinstance(operands.weights, (bool, int, float)):
         number, operands.weights = operands.weights, caller.empty((), dtype)
@@ -267,6 +298,7 @@ def complete(caller: arrays.Caller, problem: Problem, operands: Operands) -> Non
             operands.sign = caller.empty(reduced, result)
     elif operands.out is None:
         operands.out = _empty_like(caller, operands.x, result)
+    return tuple(converted)
 
 
 def _call(
@@ -291,6 +323,20 @@ def _call(
             _give(caller, given[1], operands.sign, shape),
         )
     return _give(caller, given[0], operands.out, shape)
+
+
+def _plans(
+    caller: arrays.Caller, problem: Problem, operands: Operands, shape: tuple[int, ...]
+) -> list[Plan]:
+    """The launches of a call, none where it runs in NumPy or has nothing to do."""
+    if not (caller.on_gpu and problem.rows and problem.columns):
+        return []
+    from . import gpu
+
+    with caller:
+        converted = complete(caller, problem, operands)
+        plans = gpu.plans(problem, operands)
+    return [dataclasses.replace(plan, copies=converted + plan.copies) for plan in plans]
 
 
 def _backend(caller: arrays.Caller) -> ModuleType:

@@ -1,4 +1,4 @@
-"""The checks of this room's arguments: each error names the argument, what came and what is allowed."""
+"""The checks of this room's arguments: errors name the argument, what came and what is allowed."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ struct Params {
   int64 reduced[kMaxAxes];
   Strides x_strides, weights_strides, out_strides, sign_strides;
 };
+static_assert(sizeof(Params) == 368, "the host packs as many bytes");
 
 // The offset of element `index` of axes that are numbered through. Index is 32 bits wide where that is enough: divisions
 // are what odd layouts cost.

@@ -58,27 +58,19 @@ class Layout:
 
 def of(problem: Problem, operands: Operands) -> Layout:
     """Fold the axes of a call whose operands are complete."""
-    arrays = [operands.x, operands.out]
-    arrays += [array for array in (operands.weights, operands.sign) if array is not None]
-    strides = [[stride // array.itemsize for stride in array.strides] for array in arrays]
-    if problem.reduces:  # logsumexp's outputs stand still along a row
-        for array_strides in strides[1:2] + (strides[-1:] if problem.signed else []):
-            for axis in problem.axes:
-                array_strides[axis] = 0
+    arrays = {name: array for name, array in vars(operands).items() if array is not None}
+    strides = []
+    for name, array in arrays.items():
+        strides.append([stride // array.itemsize for stride in array.strides])
+        if problem.reduces and name in ("out", "sign"):  # they stand still along a row
+            strides[-1] = [0 if axis in problem.axes else s for axis, s in enumerate(strides[-1])]
     outer, outer_strides = fold(problem.shape, strides, problem.kept)
     reduced, reduced_strides = fold(problem.shape, strides, problem.axes)
-    placements = [
-        Placement(tuple(along), tuple(across), array.itemsize, math.gcd(address(array), 16))
-        for along, across, array in zip(outer_strides, reduced_strides, arrays)
-    ]
-    rest = iter(placements[2:])
-    return Layout(
-        outer,
-        reduced,
-        *placements[:2],
-        weights=next(rest) if operands.weights is not None else None,
-        sign=next(rest) if operands.sign is not None else None,
-    )
+    placements = {
+        name: Placement(tuple(across), tuple(along), array.itemsize, math.gcd(address(array), 16))
+        for (name, array), across, along in zip(arrays.items(), outer_strides, reduced_strides)
+    }
+    return Layout(outer, reduced, **placements)
 
 
 def fold(

@@ -13,14 +13,15 @@ from .problem import Problem
 
 WARP = 32
 LEAST_THREADS = 128  # a block
-WARP_COLUMNS = 1024  # the longest row that one warp holds
+LONG = 1024  # columns: a row that is worth reading beside its neighbours, however few
 SECTOR = 32  # bytes: the least that device memory delivers
 
-# Threads a block at most, and the 32-bit registers in which each holds its part of a row. Registers
-# are 64 a thread at 1024 threads and 128 at 512; what is left over must do for the arithmetic. The
-# columns kernel also holds an address for each load, so that single elements fill half as many.
+# Threads of a row at most, and the 32-bit registers in which each holds its part of it. A thread
+# has 64 at 1024 threads a block and 128 at 512; what is left over must do for the arithmetic. The
+# columns kernel also holds an address for each load, so that single elements must be fewer.
+WARP_REGISTERS = 32
 BLOCK_THREADS, BLOCK_REGISTERS = 1024, 16
-COLUMNS_THREADS, COLUMNS_REGISTERS, COLUMNS_LOADS = 512, 32, 16
+COLUMNS_THREADS, COLUMNS_REGISTERS, COLUMNS_LOADS = 512, 24, 16
 # Of a row that is not held, a thread has this much at a time: loads in flight, and their registers.
 STREAM_THREADS, STREAM_REGISTERS, STREAM_LOADS = 512, 16, 8
 
@@ -81,7 +82,7 @@ def lies_across(problem: Problem, layout: Layout) -> bool:
     across, along = abs(layout.x.outer[-1]), abs(layout.x.reduced[-1])
     # Of a run shorter than a sector, the cache keeps for one row what another row's load brought.
     fills_sectors = layout.outer[-1] * layout.x.itemsize >= SECTOR
-    return 0 < across < along and (fills_sectors or problem.columns > WARP_COLUMNS)
+    return 0 < across < along and (fills_sectors or problem.columns > LONG)
 
 
 def _rows(problem: Problem, layout: Layout) -> Sharing:
@@ -90,7 +91,7 @@ def _rows(problem: Problem, layout: Layout) -> Sharing:
     vector = _vector(problem, layout, layout.reduced[-1], along_rows=True)
     loads = -(-columns // vector)
     held = not problem.reduces
-    if columns <= WARP_COLUMNS:
+    if columns * _words(problem) <= WARP * WARP_REGISTERS:
         threads = LEAST_THREADS
         per_row = min(WARP, _power_of_two(loads))
         vectors = _power_of_two(-(-loads // per_row))
@@ -105,9 +106,7 @@ def _rows(problem: Problem, layout: Layout) -> Sharing:
         threads, per_row = min(threads, STREAM_THREADS), min(per_row, STREAM_THREADS)
         vectors = min(vectors, _streamed(problem, vector))
     blocks = -(-problem.rows // (threads // per_row))
-    return Sharing(
-        "rows", blocks, threads, ("kThreadsPerRow", per_row), vector, vectors, held, why
-    )
+    return Sharing("rows", blocks, threads, ("kThreadsPerRow", per_row), vector, vectors, held, why)
 
 
 def _columns(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:

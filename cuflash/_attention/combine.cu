@@ -13,7 +13,7 @@ struct Params {
   int parts;  // used, of kParts
 };
 
-extern "C" __global__ void __launch_bounds__(256) attention_combine(const __grid_constant__ Params params) {
+extern "C" __global__ void __launch_bounds__(256, 4) attention_combine(const __grid_constant__ Params params) {
   using T = Accumulator<Element>;
   const int64 element = blockIdx.x * 256ll + threadIdx.x;
   if (element >= params.elements) return;

@@ -20,6 +20,7 @@ END_ALIGNED = -(1 << 62)  # kEndAligned
 UNBOUNDED = 1 << 40
 
 _STRIDED = np.dtype([("data", "u8"), ("batch", "i8", BATCH_AXES), ("head", "i8"), ("row", "i8")])
+_DIVISOR = np.dtype([("length", "u4"), ("magic", "u4"), ("shift", "u4")])
 _PER_BATCH = np.dtype([("data", "u8"), ("batch", "i8", BATCH_AXES), ("bytes", "i8")])
 
 
@@ -29,9 +30,19 @@ def params_dtype(accumulator: str) -> np.dtype:
     per_batch = [(name, _PER_BATCH) for name in ("q_starts", "kv_lengths")]
     integers = [(name, "i8") for name in ("q_start", "left", "right")]
     factors = [(name, accumulator) for name in ("scale_log2", "factor")]
-    sizes = ("batches", "heads", "group", "len_q", "len_k", "head_dim", "head_dim_v", "sweep")
-    fields = [*arrays_, *per_batch, *integers, *factors, ("batch_shape", "i4", BATCH_AXES)]
-    return np.dtype([*fields, *((name, "i4") for name in sizes)], align=True)
+    divisors = [("batch_shape", _DIVISOR, BATCH_AXES)] + [
+        (name, _DIVISOR) for name in ("heads", "group", "sweep", "last_sweep", "tiles_of_sweep")
+    ]
+    sizes = ("sweeps", "len_q", "len_k", "head_dim", "head_dim_v")
+    sized = [(name, "i4") for name in sizes]
+    fields = [*arrays_, *per_batch, *integers, *factors, *divisors, *sized]
+    return np.dtype(fields, align=True)
+
+
+def divisor(length: int) -> tuple[int, int, int]:
+    """What Divisor needs: n // length == n * magic >> shift for every n below 2**31."""
+    shift = 31 + (length - 1).bit_length()
+    return length, -(-(1 << shift) // length), shift
 
 
 _MERGE = np.dtype(  # the struct Params of combine.cu
@@ -52,8 +63,10 @@ _PARAMS = {name: params_dtype(name) for name in ("float32", "float64")}
 def forward(problem: Problem, operands: Operands) -> None:
     """Fill ``operands.out`` and ``operands.lse``, on CuPy's current device and stream."""
     ready, problem, chosen, strides, leading = prepared(problem, operands)
+    if 0 in chosen.grid:
+        return
     for index in np.ndindex(leading):  # more than one only where many batch axes do not collapse
-        launch(chosen, params(problem, ready, strides, index))
+        launch(chosen, params(problem, chosen, ready, strides, index))
 
 
 def plans(problem: Problem, operands: Operands) -> list[Plan]:
@@ -163,6 +176,7 @@ def collapse(operands: Operands) -> tuple[tuple[int, ...], dict[str, tuple[int, 
 
 def params(
     problem: Problem,
+    chosen: Plan,
     operands: Operands,
     strides: dict[str, tuple[int, ...]],
     index: tuple[int, ...],
@@ -188,10 +202,13 @@ def params(
     filled["right"] = UNBOUNDED if problem.right is None else problem.right
     filled["scale_log2"] = abs(problem.scale) * math.log2(math.e) if problem.scale else 1
     filled["factor"] = (problem.scale > 0) - (problem.scale < 0)
-    filled["batch_shape"] = problem.batch
-    filled["batches"] = math.prod(problem.batch)
-    filled["heads"], filled["group"] = problem.heads, problem.group
+    sweep, pairs = plan.sweep(problem, gpus.current()), plan.pairs_of_heads(problem)
+    tiles = -(-problem.len_q // dict(chosen.kernel.constants)["kBlockM"])
+    filled["batch_shape"] = [divisor(length) for length in problem.batch]
+    filled["heads"], filled["group"] = divisor(problem.heads), divisor(problem.group)
+    filled["sweep"], filled["tiles_of_sweep"] = divisor(sweep), divisor(sweep * tiles)
+    filled["sweeps"] = sweeps = -(-pairs // sweep)
+    filled["last_sweep"] = divisor(pairs - (sweeps - 1) * sweep)
     filled["len_q"], filled["len_k"] = problem.len_q, problem.len_k
     filled["head_dim"], filled["head_dim_v"] = problem.head_dim, problem.head_dim_v
-    filled["sweep"] = plan.sweep(problem, gpus.current())
     return filled

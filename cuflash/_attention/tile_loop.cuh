@@ -34,6 +34,18 @@ struct PerBatch {
   int64 bytes;              // 4, 8, or 0: none
 };
 
+// Division of numbers below 2^31 by a length that the host knows: a product and a shift, in place of a long subroutine.
+struct Divisor {
+  uint32 length, magic, shift;
+
+  // The last digit of `number` in base `length`, which leaves it.
+  __device__ __forceinline__ int take(int& number) const {
+    const int rest = int(uint64(uint32(number)) * magic >> shift), digit = number - rest * int(length);
+    number = rest;
+    return digit;
+  }
+};
+
 struct Params {
   Strided<const Element> q;            // [batch..., heads, len_q, head_dim]
   Strided<const Element> k;            // [batch..., kv_heads, len_k, head_dim]
@@ -45,10 +57,12 @@ struct Params {
   int64 left, right;                   // keys a row sees on either side of its diagonal
   Accumulator<Element> scale_log2;     // > 0: scale log2(e)
   Accumulator<Element> factor;         // 1; -1 or 0 where the scale was negative or zero: scores are multiplied by it first
-  int batch_shape[kBatchAxes];
-  int batches, heads, group;           // group: heads / kv_heads
+  Divisor batch_shape[kBatchAxes];
+  Divisor heads, group;                // group: heads / kv_heads
+  Divisor sweep, last_sweep;           // (batch, head) pairs that advance through the query tiles together, and what is left for the last
+  Divisor tiles_of_sweep;              // query tiles times sweep
+  int sweeps;
   int len_q, len_k, head_dim, head_dim_v;
-  int sweep;                           // (batch, head) pairs that advance through the query tiles together
 };
 
 constexpr int64 kEndAligned = -(1ll << 62);
@@ -59,28 +73,21 @@ constexpr int kSlack = 8;
 // The part of the output that is this block's: a tile of queries and one of kSlices slices of kHeadDimV columns.
 // Tiles that see most keys come first, and `sweep` heads advance together so that their keys stay in L2.
 struct BlockIndex {
-  int tile, head, first_column;
+  int tile, head, first_column = 0;
   int batch[kBatchAxes];
 
   __device__ __forceinline__ explicit BlockIndex(const Params& params) {
-    const int tiles = (params.len_q + kBlockM - 1) / kBlockM;
-    int block = recomputed(blockIdx.x);
-    first_column = take(block, kSlices) * kHeadDimV;
-    int place = take(block, tiles * params.sweep);
-    const int first_pair = block * params.sweep;
-    int pair = first_pair + take(place, min_of(params.sweep, params.batches * params.heads - first_pair));
-    tile = tiles - 1 - place;
-    head = take(pair, params.heads);
+    int sweep = recomputed(blockIdx.x);
+    if (kSlices > 1) {
+      first_column = sweep % kSlices * kHeadDimV;
+      sweep /= kSlices;
+    }
+    int place = params.tiles_of_sweep.take(sweep);
+    int pair = sweep * params.sweep.length + (sweep < params.sweeps - 1 ? params.sweep : params.last_sweep).take(place);
+    tile = (params.len_q - 1) / kBlockM - place;
+    head = params.heads.take(pair);
 #pragma unroll
-    for (int axis = kBatchAxes - 1; axis >= 0; --axis) batch[axis] = take(pair, params.batch_shape[axis]);
-  }
-
-  // The last digit of `number` in base `length`, which leaves it. Mostly there is but one digit, and a division is long.
-  static __device__ __forceinline__ int take(int& number, int length) {
-    if (length == 1) return 0;
-    const int rest = unsigned(number) / unsigned(length), digit = number - rest * length;
-    number = rest;
-    return digit;
+    for (int axis = kBatchAxes - 1; axis >= 0; --axis) batch[axis] = params.batch_shape[axis].take(pair);
   }
 
   __device__ __forceinline__ int64 offset(const int64 (&strides)[kBatchAxes]) const {
@@ -274,8 +281,10 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
   const KeyInterval keys(params, index);
   const int first_tile = keys.begin() / kBlockN;
   const Element* q = index.rows_of(params.q, index.head);
-  const Element* k = index.rows_of(params.k, index.head / params.group);
-  const Element* v = index.rows_of(params.v, index.head / params.group) + index.first_column;
+  int kv_head = index.head;
+  params.group.take(kv_head);
+  const Element* k = index.rows_of(params.k, kv_head);
+  const Element* v = index.rows_of(params.v, kv_head) + index.first_column;
 
   const auto k_smem = [&](int tile) {
     return typename Products::KTile(base + Shared<Products>::kK + tile % kStages * Products::KTile::kBytes);

@@ -157,15 +157,15 @@ def place(array: np.ndarray, layout: str, xp: ModuleType) -> Any:
     def view(buffer: Any) -> Any:
         if layout == "permuted":
             return buffer.transpose(tuple(np.argsort(order)))
-        if layout == "gaps":
-            return buffer[tuple(slice(1, n + 1) for n in shape)]
         if layout == "unaligned":
             return buffer[1:].reshape(shape)
-        if layout == "steps":
-            return buffer[tuple(slice(0, 2 * n, 2) for n in shape)]
-        if layout == "negative":
-            return buffer[(slice(None, None, -1),) * ndim]
-        return buffer
+        if layout == "gaps":
+            cut = [slice(1, n + 1) for n in shape]
+        elif layout == "steps":
+            cut = [slice(0, 2 * n, 2) for n in shape]
+        else:
+            cut = [slice(None, None, -1 if layout == "negative" else 1)] * ndim
+        return buffer[(..., *cut)]  # with ... an array without axes stays an array
 
     view(host)[...] = array
     buffer = xp.asarray(host)
@@ -241,7 +241,8 @@ def check(call: Call, got: np.ndarray, sign: np.ndarray | None = None) -> None:
         worst = np.argmax(error / limit)
         assert error[worst] <= limit[worst], (p, error[worst], limit[worst])
     if sign is not None:
-        np.testing.assert_array_equal(sign[sure], want_sign.reshape(sign.shape)[sure])
+        want_sign = want_sign.reshape(sign.shape)
+        np.testing.assert_array_equal(sign.astype(want.dtype)[sure], want_sign[sure])
 
 
 def truth(call: Call) -> tuple[np.ndarray, np.ndarray]:

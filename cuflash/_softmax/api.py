@@ -336,7 +336,13 @@ def _plans(
     with caller:
         converted = complete(caller, problem, operands)
         plans = gpu.plans(problem, operands)
-    return [dataclasses.replace(plan, copies=converted + plan.copies) for plan in plans]
+    called = {"x": "a", "weights": "b", "sign": "out[1]"} if problem.reduces else {}
+    return [
+        dataclasses.replace(
+            plan, copies=tuple(called.get(name, name) for name in converted + plan.copies)
+        )
+        for plan in plans
+    ]
 
 
 def _backend(caller: arrays.Caller) -> ModuleType:

@@ -127,7 +127,7 @@ def show_config() -> None:
     >>> cuflash.show_config()  # doctest: +ELLIPSIS
     cuflash ...
     """
-    print(f"cuflash {metadata.version('cuflash')}")
+    print(f"cuflash {_version('cuflash')}")
     print(f"  Python {platform.python_version()} on {platform.platform()}")
     for name in ("numpy", "cupy-cuda13x", "cupy-cuda12x", "array-api-compat", "ml_dtypes"):
         print(f"  {name} {_version(name)}")

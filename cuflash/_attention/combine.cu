@@ -19,17 +19,18 @@ extern "C" __global__ void __launch_bounds__(256, 4) attention_combine(const __g
   if (element >= params.elements) return;
   const int64 row = element / params.head_dim_v;
 
-  RunningPair<T> pair = RunningPair<T>::empty();
+  // The largest lse first, in a pass of its own: it spares O the rounding of each rescale.
+  RunningPair<T, BaseE> pair = RunningPair<T, BaseE>::empty();
+  for (int part = 0; part < params.parts; ++part) pair.raise(params.lses[part][row]);
   T o = 0;
   for (int part = 0; part < params.parts; ++part) {  // a fixed order: the same answer every run
-    const T score = params.lses[part][row] * T(kLog2E);
-    if (score == -infinity<T>()) continue;  // no keys: whatever its output holds
-    o *= pair.raise(score);
-    const T weight = exp_2(score - pair.max);
+    const T lse = params.lses[part][row];
+    if (lse == -infinity<T>()) continue;  // no keys: whatever its output holds
+    const T weight = BaseE::exp(lse - pair.max);
     pair.sum += weight;
     o += weight * widen(params.outs[part][element]);
   }
 
   params.out[element] = narrow<Output>(pair.sum == T(0) ? T(0) : o * (T(1) / pair.sum));
-  if (element % params.head_dim_v == 0) params.lse[row] = pair.log_sum() * T(kLn2);
+  if (element % params.head_dim_v == 0) params.lse[row] = pair.log_sum();
 }

@@ -69,6 +69,14 @@ def forward(problem: Problem, operands: Operands) -> None:
         launch(chosen, params(problem, chosen, ready, strides, index))
 
 
+def bound(problem: Problem, operands: Operands) -> tuple[Plan, np.ndarray] | None:
+    """The one launch of a call and its argument, where another call differs in pointers only."""
+    ready, problem, chosen, strides, leading = prepared(problem, operands)
+    if leading or chosen.copies or 0 in chosen.grid or ready.q_start is not operands.q_start:
+        return None
+    return chosen, params(problem, chosen, ready, strides, ())
+
+
 def plans(problem: Problem, operands: Operands) -> list[Plan]:
     """The launches of `forward`, without launching."""
     _, _, chosen, _, leading = prepared(problem, operands)

@@ -64,7 +64,7 @@ def current() -> Gpu:
     """CuPy's current GPU, seen as the architecture that ``CUFLASH_ARCH`` names, if set."""
     import cupy
 
-    return _of_device(cupy.cuda.runtime.getDevice(), os.environ.get("CUFLASH_ARCH"))
+    return _of_device(cupy.cuda.runtime.getDevice(), os.environ.get("CUFLASH_ARCH") or None)
 
 
 @functools.cache

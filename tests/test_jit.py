@@ -195,6 +195,7 @@ def test_a_captured_call_replays_on_new_data(dtype: str, cp) -> None:
     out = cp.empty((2, 4, 70, 40), q.dtype)
     cuflash.warmup(cuflash.attention, q, k, v, **options, out=out)
     stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
     with stream:
         stream.begin_capture()
         cuflash.attention(q, k, v, **options, out=out)
@@ -204,6 +205,7 @@ def test_a_captured_call_replays_on_new_data(dtype: str, cp) -> None:
     calling.judge(first).check(out.get())
     for array, values in zip((q, k, v), (second.q, second.k, second.v)):
         array.set(values)
+    cp.cuda.Device().synchronize()  # a stream that does not block does not wait for the copies
     with stream:
         graph.launch()
     stream.synchronize()

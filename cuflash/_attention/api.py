@@ -142,8 +142,9 @@ def attention(
     (2, 4, 5, 16)
     """
     options = (scale, causal, window, q_start, kv_lengths, precision, return_lse)
-    key = shortcut.key(q, k, v, options) if out is None else None
-    if key is not None and (answer := shortcut.repeat(key, q, k, v)) is not None:
+    key, repeat = shortcut.find(q, k, v, options) if out is None else (None, None)
+    if repeat is not None:
+        answer = repeat(q, k, v)
         return AttentionResult(*answer) if return_lse else answer[0]
     caller, problem, operands = prepare(
         q,

@@ -211,7 +211,7 @@ def params(
     filled["scale_log2"] = abs(problem.scale) * math.log2(math.e) if problem.scale else 1
     filled["factor"] = (problem.scale > 0) - (problem.scale < 0)
     sweep, pairs = plan.sweep(problem, gpus.current()), plan.pairs_of_heads(problem)
-    tiles = -(-problem.len_q // dict(chosen.kernel.constants)["kBlockM"])
+    tiles = -(-problem.len_q // int(dict(chosen.kernel.constants)["kBlockM"]))
     filled["batch_shape"] = [divisor(length) for length in problem.batch]
     filled["heads"], filled["group"] = divisor(problem.heads), divisor(problem.group)
     filled["sweep"], filled["tiles_of_sweep"] = divisor(sweep), divisor(sweep * tiles)

@@ -7,10 +7,9 @@ nothing else. All of these are the key; under it stands a launch that lacks only
 from __future__ import annotations
 
 import os
-import struct
 import sys
 import threading
-from ctypes import addressof, create_string_buffer
+from ctypes import addressof, c_uint64, memmove, sizeof
 from typing import TYPE_CHECKING, Any
 
 from .problem import Operands, Problem
@@ -18,37 +17,35 @@ from .problem import Operands, Problem
 if TYPE_CHECKING:
     import cupy as cp
 
+    from ..jit.launch import Plan
+
 _MOST = 4096  # calls remembered before all are forgotten: lengths that never recur must not pile up
 
 Key = tuple[Any, ...]
 
-_bound: dict[Key, Bound] = {}
+_known: dict[Key, Repeat] = {}
 _thread = threading.local()
 
 
-def key(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> Key | None:
-    """All that decides about a call but its pointers; None for what must go the long way."""
+def find(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Key | None, Repeat | None]:
+    """All that decides about a call but its pointers, and what was remembered under it.
+
+    The key is None for what must always go the long way.
+    """
     cupy = sys.modules.get("cupy")
     if cupy is None or not type(q) is type(k) is type(v) is cupy.ndarray:
-        return None
-    found = (*map(_array, (q, k, v)), options, *map(type, options))
-    key = (cupy.cuda.runtime.getDevice(), os.environ.get("CUFLASH_ARCH"), *found)
+        return None, None
+    where = cupy.cuda.runtime.getDevice(), os.environ.get("CUFLASH_ARCH")
+    key = (*where, *options, *map(type, options), *_array(q), *_array(k), *_array(v))
     try:
-        hash(key)
+        return key, _known.get(key)
     except TypeError:  # an array among the options
-        return None
-    return key
+        return None, None
 
 
 def _array(array: cp.ndarray) -> Key:
     memory = array.data
     return array.shape, array.strides, array.dtype, memory.ptr % 16, memory.device_id
-
-
-def repeat(key: Key, q: cp.ndarray, k: cp.ndarray, v: cp.ndarray) -> tuple[Any, Any] | None:
-    """(out, lse or None) of a call remembered under this key, or None if there is none."""
-    bound = _bound.get(key)
-    return None if bound is None else bound(q, k, v)
 
 
 def remember(key: Key, problem: Problem, operands: Operands) -> None:
@@ -57,18 +54,18 @@ def remember(key: Key, problem: Problem, operands: Operands) -> None:
 
     if operands.q.device.id != key[0]:
         return
-    found = gpu.bound(problem, operands)
-    if found is None:
+    bound = gpu.bound(problem, operands)
+    if bound is None:
         return
-    if len(_bound) >= _MOST:
-        _bound.clear()
-    _bound[key] = Bound(problem, operands, *found)
+    if len(_known) >= _MOST:
+        _known.clear()
+    _known[key] = Repeat(problem, operands, *bound)
 
 
-class Bound:
+class Repeat:
     """A launch that lacks only its pointers."""
 
-    def __init__(self, problem: Problem, operands: Operands, plan: Any, params: Any) -> None:
+    def __init__(self, problem: Problem, operands: Operands, plan: Plan, params: Any) -> None:
         import cupy
         from cupy.cuda.function import CPointer
 
@@ -76,32 +73,31 @@ class Bound:
         self.empty, self.pointer = cupy.empty, CPointer
         self.out = problem.out_shape[first:], operands.out.dtype
         self.lse = (problem.lse_shape[first:], operands.lse.dtype) if problem.return_lse else None
-        self.kernel, self.params = plan.load(), params.tobytes()
-        self.shape = plan.grid, (plan.threads,)
+        self.launch = plan.load().kernel  # of this device: one layer less than the RawKernel
+        self.shape = plan.grid, (plan.threads, 1, 1)
         self.shared_memory = plan.shared_memory
-        offsets = {name: params.dtype.fields[name][1] for name in ("q", "k", "v", "out", "lse")}
-        self.q_at, self.k_at, self.v_at, self.out_at, self.lse_at = offsets.values()
+        self.params = params.tobytes()
+        offsets = (params.dtype.fields[name][1] for name in ("q", "k", "v", "out", "lse"))
+        self.places = tuple(offset // 8 for offset in offsets)
 
     def __call__(self, q: cp.ndarray, k: cp.ndarray, v: cp.ndarray) -> tuple[Any, Any]:
+        """(out, lse or None)."""
         out = self.empty(*self.out)
         lse = self.empty(*self.lse) if self.lse else None
-        buffer = _buffer(len(self.params))
-        buffer[: len(self.params)] = self.params
-        pack = struct.pack_into
-        pack("Q", buffer, self.q_at, q.data.ptr)
-        pack("Q", buffer, self.k_at, k.data.ptr)
-        pack("Q", buffer, self.v_at, v.data.ptr)
-        pack("Q", buffer, self.out_at, out.data.ptr)
+        words = _words(len(self.params))
+        memmove(words, self.params, len(self.params))
+        q_at, k_at, v_at, out_at, lse_at = self.places
+        words[q_at], words[k_at], words[v_at] = q.data.ptr, k.data.ptr, v.data.ptr
+        words[out_at] = out.data.ptr
         if lse is not None:
-            pack("Q", buffer, self.lse_at, lse.data.ptr)
-        arguments = (self.pointer(addressof(buffer)),)
-        self.kernel(*self.shape, arguments, shared_mem=self.shared_memory)
+            words[lse_at] = lse.data.ptr
+        self.launch(*self.shape, (self.pointer(addressof(words)),), self.shared_memory)
         return out, lse
 
 
-def _buffer(size: int) -> Any:
+def _words(size: int) -> Any:
     """This thread's own memory for a kernel's argument, which the driver copies at the launch."""
-    buffer = getattr(_thread, "buffer", None)
-    if buffer is None or len(buffer) < size:
-        buffer = _thread.buffer = create_string_buffer(max(size, 1024))
-    return buffer
+    words = getattr(_thread, "words", None)
+    if words is None or sizeof(words) < size:
+        words = _thread.words = (c_uint64 * -(-size // 8))()
+    return words

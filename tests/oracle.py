@@ -71,17 +71,14 @@ def baselines(
     q_start=None,
     kv_lengths=None,
     precision=None,
-    out_dtype=None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Plain evaluations, (out, lse) each, with scores and sums in float32.
 
-    P and out are rounded to the inputs' dtype (float64 inputs: everything is float64). The first
-    normalises P before it is rounded. The second folds log2(e) into the scale, rounds P as it
-    comes and divides at the end. The third, for float32 and float64, also scales q beforehand and
-    adds up all products one by one. For 16-bit inputs there are two more like the second, whose
-    reference lags behind the row's maximum, as that of an online softmax may while it grows: then
-    the largest P is not exactly 1, and is rounded too. All are good float arithmetic; where one
-    is lucky and right to the last bit, another seldom is. ``precision="tf32"`` rounds all operands of products
+    P is rounded to the inputs' dtype (float64 inputs: everything is float64), out is not. The
+    first normalises P before it is rounded. The second folds log2(e) into the scale, rounds P as
+    it comes and divides at the end. The third, for float32 and float64, also scales q beforehand
+    and adds up all products one by one. All are good float arithmetic; where one is lucky and
+    right to the last bit, another seldom is. ``precision="tf32"`` rounds all operands of products
     to TF32's 11 bits, in the first to the nearest, in the second towards zero.
     """
     wide = np.float64 if q.dtype == np.float64 else np.float32
@@ -90,12 +87,8 @@ def baselines(
     attended = allowed.any(axis=-2)[..., None]
     scale = wide(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     found = []
-    ways = [(False, False, 0), (True, False, 0)]  # folded, sequential, lag in powers of 2
-    if q.dtype.itemsize == 2:
-        ways += [(True, False, 0.3), (True, False, 0.7)]
-    elif precision is None:
-        ways += [(True, True, 0)]
-    for folded, sequential, lag in ways:
+    one_by_one = [(True, True)] if q.dtype.itemsize > 2 and precision is None else []
+    for folded, sequential in [(False, False), (True, False), *one_by_one]:
         narrow = operand_rounding(q.dtype, precision, towards_zero=folded)
         matmul = one_product_at_a_time if sequential else np.matmul
         rows, keys, values = (narrow(array) for array in arrays)
@@ -108,7 +101,7 @@ def baselines(
             else:
                 scores = matmul(rows, keys.swapaxes(-1, -2)) * (scale * fold)
             scores = np.where(allowed, scores, -np.inf)
-            top = finite_top(scores) - wide(lag)
+            top = finite_top(scores)
             p = exp(scores - top)
             total = p.sum(axis=-1, keepdims=True)
             lse = ((top + log(total)) / fold)[..., 0]
@@ -118,9 +111,7 @@ def baselines(
                 out = matmul(narrow(p), values) / total
             else:
                 out = matmul(narrow(p / total), values)
-            out = out.astype(out_dtype or q.dtype)
-        assert out.dtype == (out_dtype or q.dtype)
-        assert lse.dtype == wide
+        assert out.dtype == lse.dtype == wide
         shape = out.shape if q.ndim > 2 else out.shape[1:]
         found.append((out.reshape(shape), lse.reshape(shape[:-1])))
     return found

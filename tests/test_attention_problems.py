@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from poison import poison
 from strategies import DTYPES, OUT_LAYOUTS, Call, Problem, frame, materialise, nan_filled, problems
+from tolerance import ROUNDOFF
 
 import cuflash
 
 AWKWARD = [(1, 239), (239, 1), (799, 3), (257, 257), (3, 799)]
 AWKWARD_DIMS = [8, 40, 72, 96, 128, 160, 192, 224, 256]
+HALVES = ("float16", "bfloat16")
 MARGIN = 64  # elements on both sides of a guarded output; they keep it aligned
 
 
@@ -87,6 +89,15 @@ def test_many_keys(xp, dtype):
     call = materialise(Problem(dtype=dtype, group=2, len_q=20, len_k=4100))
     call = dataclasses.replace(call, v=np.abs(call.v))
     judge(call).check(*attend(call, xp))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rounding_is_even(xp, dtype):
+    """P and out are rounded, not cut off: errors of both signs, a row's limit or not."""
+    call = materialise(Problem(dtype=dtype, group=2, len_q=200, len_k=200))
+    truth = judge(call).out.astype(np.float64)
+    error = attend(call, xp)[0].astype(np.float64) - truth
+    assert abs((error * np.sign(truth)).sum()) < ROUNDOFF[dtype] / 8 * np.abs(truth).sum()
 
 
 def test_many_batch_axes(xp):
@@ -227,7 +238,7 @@ def test_half_inputs_may_have_a_float32_output(xp, problem):
     truth.check(got, lse)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_largest_halves(xp, dtype):
     """Products of the largest numbers a dtype's kernel meets stay finite where the answer is."""
     call = materialise(Problem(dtype=dtype, len_q=40, len_k=150, head_dim=32, head_dim_v=32))

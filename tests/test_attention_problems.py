@@ -100,6 +100,20 @@ def test_rounding_is_even(xp, dtype):
     assert abs((error * np.sign(truth)).sum()) < ROUNDOFF[dtype] / 8 * np.abs(truth).sum()
 
 
+@pytest.mark.parametrize(
+    "integer", ["int8", "uint8", "int16", "uint16", "int32", "int64", "uint64"]
+)
+def test_lengths_and_starts_of_any_integer_dtype(xp, integer):
+    """Small and unsigned ones too, although len_k - len_q and what follows do not fit into them."""
+    call = materialise(
+        Problem(batch=(5,), shared=((False,),) * 3, len_q=90, len_k=120, causal=True)
+    )
+    lengths = np.array([0, 1, 80, 119, 120], integer)
+    for options in ({"kv_lengths": lengths}, {"q_start": lengths[::-1], "kv_lengths": lengths}):
+        some = dataclasses.replace(call, options={**call.options, **options})
+        judge(some).check(*attend(some, xp))
+
+
 def test_many_batch_axes(xp):
     """More axes than a kernel walks over, none of which joins its neighbour in one stride."""
     q, k = ((True, False) * 3, (False, True) * 3)

@@ -27,15 +27,21 @@ class GpuCuPy(Caller):
         self._device_before = cp.cuda.runtime.getDevice()
         if self._device_before != self.device:
             cp.cuda.runtime.setDevice(self.device)
-        self._enter_stream()
+        try:
+            self._enter_stream()
+        except BaseException:
+            cp.cuda.runtime.setDevice(self._device_before)
+            raise
         if _in_use:
             _release_finished()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._leave_stream()
-        if self._device_before != self.device:
-            cp.cuda.runtime.setDevice(self._device_before)
+        try:
+            self._leave_stream()
+        finally:
+            if self._device_before != self.device:
+                cp.cuda.runtime.setDevice(self._device_before)
 
     def _enter_stream(self) -> None:
         pass
@@ -106,7 +112,7 @@ class GpuDLPack(GpuCuPy):
         return _from_interface(name, value, output)
 
     def _leave_stream(self) -> None:
-        if not _capturing():  # a captured graph outlives the call: its owner keeps the arrays
+        if not capturing():  # a captured graph outlives the call: its owner keeps the arrays
             event = cp.cuda.Event(disable_timing=True)
             event.record()
             _in_use.append((event, self._taken))
@@ -193,16 +199,16 @@ def _borrowed_stream(pointer: int) -> Any:
     return cp.cuda.Stream.from_external(_Stream(pointer or cp.cuda.runtime.streamLegacy))
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
     """Tell whether a graph is being captured here, where no event may be asked or waited for."""
     stream = cp.cuda.get_current_stream()
-    return stream.ptr not in (0, cp.cuda.runtime.streamLegacy) and stream.is_capturing()
+    return stream.ptr not in (0, cp.cuda.runtime.streamLegacy) and stream.iscapturing()
 
 
 def _wait_for(producer: int) -> None:
     """Let CuPy's current stream wait for another one; the host does not wait."""
     current = cp.cuda.get_current_stream()
-    if producer != (current.ptr or cp.cuda.runtime.streamLegacy) and not _capturing():
+    if producer != (current.ptr or cp.cuda.runtime.streamLegacy) and not capturing():
         event = cp.cuda.Event(disable_timing=True)
         cp.cuda.runtime.eventRecord(event.ptr, producer)
         current.wait_event(event)
@@ -218,7 +224,7 @@ def _release_finished() -> None:
     Each entry is popped before it is looked at, so threads need no lock; and a destructor that it
     sets off may call cuflash again.
     """
-    if _capturing():
+    if capturing():
         return
     for _ in range(min(len(_in_use), 8)):
         try:

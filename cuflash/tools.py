@@ -11,8 +11,8 @@ from typing import Any
 
 from .jit.launch import Plan
 
-# What a public function's room tells of a call: its launches, none where it runs in NumPy.
-Planner = Callable[..., list[Plan]]
+# What a room tells of a call: the GPU it would run on, -1 for NumPy, and its launches.
+Planner = Callable[..., tuple[int, list[Plan]]]
 
 _planners: dict[Callable[..., Any], Planner] = {}
 
@@ -25,7 +25,7 @@ def register(function: Callable[..., Any], planner: Planner) -> None:
 def explain(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> str:
     """How a call would run: engine, tiles, grid, registers, bytes and why.
 
-    Nothing is computed; on a GPU the kernels are compiled, to tell their registers.
+    The call is not made; on a GPU its kernels are compiled, to tell their registers.
 
     Parameters
     ----------
@@ -54,13 +54,15 @@ def explain(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> str:
     >>> print(cuflash.explain(cuflash.attention, q, k, v, causal=True))
     attention: NumPy, the same tiles and recurrence as the kernels; no GPU array was passed
     """
-    plans = _planner(f)(*args, **kwargs)
-    if not plans:
+    device, plans = _planner(f)(*args, **kwargs)
+    if device < 0:
         return (
             f"{f.__name__}: NumPy, the same tiles and recurrence as the kernels; "
             "no GPU array was passed"
         )
-    return "\n".join([_launches(f.__name__, len(plans)), *map(_explained, dict.fromkeys(plans))])
+    with _device(device):
+        launches = _launches(f.__name__, len(plans))
+        return "\n".join([launches, *map(_explained, dict.fromkeys(plans))])
 
 
 def warmup(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
@@ -95,27 +97,11 @@ def warmup(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
     >>> cuflash.warmup(cuflash.softmax, np.zeros((4, 10)))
     0
     """
-    plans = list(dict.fromkeys(_planner(f)(*args, **kwargs)))
-    if plans:
-        load(plans, f.__name__)
-    return len(plans)
-
-
-def load(plans: list[Plan], title: str) -> None:
-    """Compile and load the plans' kernels side by side."""
-    import cupy
-    from tqdm import tqdm
-
-    device = cupy.cuda.Device()
-
-    def load_one(plan: Plan) -> None:
-        with device:
-            plan.load()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        loading = [pool.submit(load_one, plan) for plan in plans]
-        for done in tqdm(as_completed(loading), f"compiling {title}", len(loading), leave=False):
-            done.result()
+    device, plans = _planner(f)(*args, **kwargs)
+    kernels = list(dict.fromkeys(plans))
+    if kernels:
+        _load(device, kernels, f.__name__)
+    return len(kernels)
 
 
 def show_config() -> None:
@@ -142,6 +128,26 @@ def _planner(f: Callable[..., Any]) -> Planner:
         allowed = ", ".join(f"cuflash.{known.__name__}" for known in _planners)
         raise TypeError(f"`f` is {f!r}, which launches nothing of its own; allowed are {allowed}")
     return _planners[f]
+
+
+def _device(ordinal: int) -> Any:
+    import cupy
+
+    return cupy.cuda.Device(ordinal)
+
+
+def _load(device: int, plans: list[Plan], title: str) -> None:
+    """Compile and load the plans' kernels side by side."""
+    from tqdm import tqdm
+
+    def load_one(plan: Plan) -> None:
+        with _device(device):
+            plan.load()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        loading = [pool.submit(load_one, plan) for plan in plans]
+        for done in tqdm(as_completed(loading), f"compiling {title}", len(loading), leave=False):
+            done.result()
 
 
 def _launches(name: str, count: int) -> str:
@@ -197,8 +203,12 @@ def _gpu_lines() -> list[str]:
     driver = cupy.cuda.runtime.driverGetVersion()
     lines.append(f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}")
     for device in range(cupy.cuda.runtime.getDeviceCount()):
-        with cupy.cuda.Device(device):
-            found = gpu.current()
+        try:
+            with cupy.cuda.Device(device):
+                found = gpu.current()
+        except (RuntimeError, ValueError) as error:  # too old, or CUFLASH_ARCH makes no sense
+            lines.append(f"GPU {device}: {error}")
+            continue
         lines.append(
             f"GPU {device}: {found.name}, code for sm_{found.arch}, "
             f"{found.multiprocessors} multiprocessors, portable engine"

@@ -13,8 +13,8 @@ from cuflash._attention import plan as attention_plan
 from cuflash._attention.problem import Problem
 from cuflash.jit import compile, gpu
 
-# Of the head dims' 36 pairs of buckets: all equal ones, and pairs that ask most of one side.
-HEAD_DIMS = [*((d, d) for d in attention_plan.BUCKETS), (192, 128), (64, 256), (256, 64)]
+# Every pair of buckets: where d_v's is the larger, it serves both.
+HEAD_DIMS = [(d, d_v) for d in attention_plan.BUCKETS for d_v in attention_plan.BUCKETS if d_v <= d]
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 # ptxas calls these out when it serialises wgmma or gives up on a register budget.

@@ -317,14 +317,21 @@ def prepare_merge(
     return caller, *parts, *given
 
 
-def _plans(*args: Any, **kwargs: Any) -> list[Plan]:
-    """What a call of attention would launch."""
+def _plans(*args: Any, **kwargs: Any) -> tuple[int, list[Plan]]:
+    """Where a call of attention would run, and what it would launch."""
     caller, problem, operands = prepare(*args, **kwargs)
     if not caller.on_gpu:
-        return []
+        return -1, []
     with caller:
-        allocate(caller, problem, operands)
-        return _backend(caller).plans(problem, operands)
+        return caller.device, _backend(caller).plans(problem, operands)
+
+
+def _merge_plans(*args: Any, **kwargs: Any) -> tuple[int, list[Plan]]:
+    """Where a call of merge_attention would run, and what it would launch."""
+    caller, outs, _, result, _ = prepare_merge(*args, **kwargs)
+    if not caller.on_gpu:
+        return -1, []
+    return caller.device, _backend(caller).merge_plans(outs, outs[0] if result is None else result)
 
 
 def _backend(caller: arrays.Caller) -> ModuleType:
@@ -339,3 +346,4 @@ def _backend(caller: arrays.Caller) -> ModuleType:
 
 
 tools.register(attention, _plans)
+tools.register(merge_attention, _merge_plans)

@@ -5,6 +5,9 @@
 // start from zero and join the long sum by an ordinary addition. Without kSplit it is plain TF32.
 //
 // Constants: Element, Output, kHeadDim, kHeadDimV, kBlockM, kBlockN, kThreads, kStages, kRowTiles, kMinBlocks, kSplit.
+#if __CUDA_ARCH__ < 800
+#error "TF32 needs sm_80"
+#endif
 #include "_attention/mma_layout.cuh"
 #include "_attention/tile_loop.cuh"
 #include "device/mma.cuh"
@@ -32,10 +35,6 @@ struct Tf32Products : MmaLayout {
   static __device__ __forceinline__ void scores(T (&s)[kRows][kScores], QTile q_smem, KTile k_smem) {
     const uint32 q_lane = q_smem.at(warp_row() + lane() % 16, lane() / 16);
     const uint32 k_lane = k_smem.at(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int c = 0; c < kScores; ++c) s[r][c] = 0;
 #pragma unroll 2
     for (int first = 0; first < kHeadDim; first += kRun) {
       T run[kRows][kScores] = {};
@@ -59,6 +58,29 @@ struct Tf32Products : MmaLayout {
 #pragma unroll
         for (int c = 0; c < kScores; ++c) s[r][c] += run[r][c];
     }
+    if (kSplit && any_nan(s)) scores_one_by_one(s, q_smem, k_smem);
+  }
+
+  static __device__ __forceinline__ bool any_nan(const T (&s)[kRows][kScores]) {
+    bool found = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int c = 0; c < kScores; ++c) found |= s[r][c] != s[r][c];
+    return __any_sync(0xffffffffu, found);
+  }
+
+  // An infinity has no two parts: infinity less itself is a NaN where float32 has an infinite score, or none. Such tiles are done again.
+  static __device__ __forceinline__ void scores_one_by_one(T (&s)[kRows][kScores], QTile q_smem, KTile k_smem) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int c = 0; c < kScores; ++c) {
+        T sum = 0;
+#pragma unroll 1
+        for (int d = 0; d < kHeadDim; ++d) sum += load(q_smem.element(row(r), d)) * load(k_smem.element(key(c), d));
+        s[r][c] = sum;
+      }
   }
 
   // The product counts keys in another order: the accumulator's columns 2t and 2t + 1 of S are k = t and t + 4, so that P needs no

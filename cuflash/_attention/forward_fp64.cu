@@ -4,6 +4,9 @@
 // k = t and t + 4: head_dim for S = Q K^T, keys for P V, where P then needs no shuffle.
 //
 // Constants: Element, Output, kHeadDim, kHeadDimV, kBlockM, kBlockN, kThreads, kStages, kRowTiles, kMinBlocks.
+#if __CUDA_ARCH__ < 800
+#error "DMMA needs sm_80"
+#endif
 #include "_attention/mma_layout.cuh"
 #include "_attention/tile_loop.cuh"
 #include "device/mma.cuh"
@@ -17,10 +20,6 @@ struct DoubleProducts : MmaLayout {
   static __device__ __forceinline__ void scores(T (&s)[kRows][kScores], QTile q_smem, KTile k_smem) {
     const int g = lane() / 4, t = lane() % 4;
     const uint32 q_lane = q_smem.at(warp_row() + g, t), k_lane = k_smem.at(g, t);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int c = 0; c < kScores; ++c) s[r][c] = 0;
 #pragma unroll 4
     for (int d = 0; d < kHeadDim; d += 8) {
       T q_frag[kRowTiles][4];

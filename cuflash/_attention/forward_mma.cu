@@ -15,10 +15,6 @@ struct HalfProducts : MmaLayout {
     const uint32 q_lane = q_smem.at(warp_row() + lane() % 16, lane() / 16);
     const uint32 k_lane = k_smem.at(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int c = 0; c < kScores; ++c) s[r][c] = 0;
-#pragma unroll
     for (int d = 0; d < kHeadDim; d += 16) {
       uint32 q_frag[kRowTiles][4];
 #pragma unroll

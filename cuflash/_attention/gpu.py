@@ -10,6 +10,7 @@ import cupy as cp
 import numpy as np
 
 from .. import arrays
+from ..gpu_arrays import capturing
 from ..jit import gpu as gpus
 from ..jit.launch import Plan, launch
 from . import plan
@@ -57,52 +58,56 @@ _MERGE = np.dtype(  # the struct Params of combine.cu
     ],
     align=True,
 )
+_PER_BATCH_NAMES = ("q_start", "kv_lengths")
+_WORDS = (np.int32, np.int64)  # that kernels read
 _PARAMS = {name: params_dtype(name) for name in ("float32", "float64")}
 
 
 def forward(problem: Problem, operands: Operands) -> None:
     """Fill ``operands.out`` and ``operands.lse``, on CuPy's current device and stream."""
-    ready, problem, chosen, strides, leading = prepared(problem, operands)
+    ready = in_place(operands)
+    shape, strides = collapse(ready)
+    problem, chosen = planned(problem, operands, shape)
     if 0 in chosen.grid:
         return
-    for index in np.ndindex(leading):  # more than one only where many batch axes do not collapse
+    for index in np.ndindex(shape[:-BATCH_AXES]):  # more than one only where axes do not collapse
         launch(chosen, params(problem, chosen, ready, strides, index))
 
 
 def bound(problem: Problem, operands: Operands) -> tuple[Plan, np.ndarray] | None:
     """The one launch of a call and its argument, where another call differs in pointers only."""
-    ready, problem, chosen, strides, leading = prepared(problem, operands)
-    if leading or chosen.copies or 0 in chosen.grid or ready.q_start is not operands.q_start:
+    shape, strides = collapse(operands)
+    problem, chosen = planned(problem, operands, shape)
+    if len(shape) > BATCH_AXES or copied(operands) or 0 in chosen.grid:
         return None
-    return chosen, params(problem, chosen, ready, strides, ())
+    return chosen, params(problem, chosen, operands, strides, ())
 
 
 def plans(problem: Problem, operands: Operands) -> list[Plan]:
     """The launches of `forward`, without launching."""
-    _, _, chosen, _, leading = prepared(problem, operands)
-    return [chosen] * math.prod(leading)
+    shape, _ = collapse(operands)
+    return [planned(problem, operands, shape)[1]] * math.prod(shape[:-BATCH_AXES])
 
 
-def prepared(
-    problem: Problem, operands: Operands
-) -> tuple[Operands, Problem, Plan, dict[str, tuple[int, ...]], tuple[int, ...]]:
-    """All that a launch needs: readable operands and their strides, and how often to launch."""
-    ready, copies = in_place(operands)
-    shape, strides = collapse(ready)
+def planned(problem: Problem, operands: Operands, shape: tuple[int, ...]) -> tuple[Problem, Plan]:
+    """The part of a problem that is one launch, and its plan."""
+    out = operands.q if operands.given[0] is None else operands.given[0]
     problem = replace(problem, batch=shape[-BATCH_AXES:])
-    chosen = plan.choose(problem, gpus.current(), arrays.dtype_name(ready.out.dtype), copies)
-    return ready, problem, chosen, strides, shape[:-BATCH_AXES]
+    output = arrays.dtype_name(out.dtype)
+    return problem, plan.choose(problem, gpus.current(), output, copied(operands))
 
 
 def merge(outs: list[Any], lses: list[Any], out: cp.ndarray, lse: cp.ndarray) -> None:
     """Fill `out` and `lse` with attention over the keys of all parts."""
-    if len(outs) > plan.PARTS:  # the first ones, merged in full precision, become one part
-        outs = [each.astype(lse.dtype) for each in outs]
-        first = cp.empty(out.shape, lse.dtype), cp.empty(lse.shape, lse.dtype)
-        merge(outs[: plan.PARTS], lses[: plan.PARTS], *first)
-        merge([first[0], *outs[plan.PARTS :]], [first[1], *lses[plan.PARTS :]], out, lse)
-        return
-    chosen = plan.merge(arrays.dtype_name(outs[0].dtype), arrays.dtype_name(out.dtype), out.shape)
+    refuse_in_capture(
+        "outs and lses, unless contiguous and no more than 64,",
+        len(outs) > plan.PARTS or not all(part.flags.c_contiguous for part in (*outs, *lses)),
+    )
+    while len(outs) > plan.PARTS:  # the first ones, merged in full precision, become one part
+        wide = cp.empty(out.shape, lse.dtype), cp.empty(lse.shape, lse.dtype)
+        merge(outs[: plan.PARTS], lses[: plan.PARTS], *wide)
+        rest = [each.astype(lse.dtype, copy=False) for each in outs[plan.PARTS :]]
+        outs, lses = [wide[0], *rest], [wide[1], *lses[plan.PARTS :]]
     parts = {"outs": [*map(cp.ascontiguousarray, outs)], "lses": [*map(cp.ascontiguousarray, lses)]}
     results = [
         each if each.flags.c_contiguous else cp.empty(each.shape, each.dtype) for each in (out, lse)
@@ -113,19 +118,50 @@ def merge(outs: list[Any], lses: list[Any], out: cp.ndarray, lse: cp.ndarray) ->
     filled["out"], filled["lse"] = (each.data.ptr for each in results)
     filled["elements"], filled["head_dim_v"] = out.size, out.shape[-1]
     filled["parts"] = len(outs)
-    launch(chosen, filled)
+    launch(merge_plans(outs, out)[-1], filled)
     for given, result in zip((out, lse), results):
         if result is not given:
             given[...] = result
 
 
-def in_place(operands: Operands) -> tuple[Operands, tuple[str, ...]]:
-    """Copy what kernels cannot read where it lies, and name it."""
-    copies = tuple(name for name in ("q", "k", "v") if not readable(getattr(operands, name)))
-    copied = {name: padded(getattr(operands, name)) for name in copies}
-    lengths = {name: word(getattr(operands, name)) for name in ("q_start", "kv_lengths")}
-    kept = {name: getattr(operands, name) for name in ("q", "k", "v", "out", "lse")}
-    return Operands(**{**kept, **copied, **lengths}), copies
+def merge_plans(outs: list[Any], out: cp.ndarray) -> list[Plan]:
+    """The launches of `merge`, without launching."""
+    dtype, output = arrays.dtype_name(outs[0].dtype), arrays.dtype_name(out.dtype)
+    wide = sum_dtype(dtype)
+    rounds = max(0, -(-(len(outs) - plan.PARTS) // (plan.PARTS - 1)))
+    steps = (
+        [(dtype, output)]
+        if not rounds
+        else [(dtype, wide), *[(wide, wide)] * (rounds - 1), (wide, output)]
+    )
+    return [plan.merge(*step, out.shape) for step in steps]
+
+
+def in_place(operands: Operands) -> Operands:
+    """Operands that kernels can read; what they cannot read where it lies is copied once."""
+    names = copied(operands)
+    if not names:
+        return operands
+    refuse_in_capture(" and ".join(names), True)
+    copy = dict.fromkeys(("q", "k", "v"), padded) | dict.fromkeys(_PER_BATCH_NAMES, words)
+    return replace(operands, **{name: copy[name](getattr(operands, name)) for name in names})
+
+
+def copied(operands: Operands) -> tuple[str, ...]:
+    """Names of the operands that kernels cannot read where they lie."""
+    names = [name for name in ("q", "k", "v") if not readable(getattr(operands, name))]
+    lengths = ((name, getattr(operands, name)) for name in _PER_BATCH_NAMES)
+    narrow = [name for name, array in lengths if array is not None and array.dtype not in _WORDS]
+    return (*names, *narrow)
+
+
+def refuse_in_capture(what: str, copies: bool) -> None:
+    """A copy's memory goes back to the pool with the call, but a graph would write to it again."""
+    if copies and capturing():
+        raise RuntimeError(
+            f"{what} must be copied first, which a captured CUDA graph cannot do: pass rows that "
+            "start on multiples of 16 bytes, and lengths in int32 or int64"
+        )
 
 
 def readable(array: cp.ndarray) -> bool:
@@ -146,10 +182,10 @@ def padded(array: cp.ndarray) -> cp.ndarray:
     return cp.broadcast_to(copy, array.shape)
 
 
-def word(lengths: cp.ndarray | None) -> cp.ndarray | None:
-    """Lengths as int32 or int64, which the kernels read."""
-    if lengths is None or lengths.dtype in (np.int32, np.int64):
-        return lengths
+def words(lengths: cp.ndarray) -> cp.ndarray:
+    """Lengths as int64; what is beyond it is beyond any length, too."""
+    if lengths.dtype == np.uint64:
+        lengths = cp.minimum(lengths, np.uint64(2**62))
     return lengths.astype(np.int64)
 
 
@@ -208,8 +244,7 @@ def params(
     filled["q_start"] = END_ALIGNED if problem.q_start is None else problem.q_start
     filled["left"] = UNBOUNDED if problem.left is None else problem.left
     filled["right"] = UNBOUNDED if problem.right is None else problem.right
-    filled["scale_log2"] = abs(problem.scale) * math.log2(math.e) if problem.scale else 1
-    filled["factor"] = (problem.scale > 0) - (problem.scale < 0)
+    filled["scale_log2"], filled["factor"] = folded(problem.scale, filled["factor"].dtype)
     sweep, pairs = plan.sweep(problem, gpus.current()), plan.pairs_of_heads(problem)
     tiles = -(-problem.len_q // int(dict(chosen.kernel.constants)["kBlockM"]))
     filled["batch_shape"] = [divisor(length) for length in problem.batch]
@@ -220,3 +255,15 @@ def params(
     filled["len_q"], filled["len_k"] = problem.len_q, problem.len_k
     filled["head_dim"], filled["head_dim_v"] = problem.head_dim, problem.head_dim_v
     return filled
+
+
+def folded(scale: float, dtype: np.dtype) -> tuple[float, int]:
+    """|scale| log2(e) and the factor that scores are multiplied by before, 1 unless scale <= 0.
+
+    What the kernels' arithmetic would flush to zero is zero: every key then has the same score.
+    """
+    limits = np.finfo(dtype)
+    size = abs(scale) * math.log2(math.e)
+    if size < limits.tiny:
+        return 1, 0
+    return min(size, float(limits.max)), 1 if scale > 0 else -1

@@ -49,10 +49,27 @@ class Tile:
 
 @dataclass(frozen=True)
 class Engine:
-    """A kernel file and its tiles, each with the largest head dim it serves, best first."""
+    """A kernel file, its tiles, and what else it must be told.
+
+    Parameters
+    ----------
+    file : str
+    tiles : tuple of (int, Tile)
+        Each with the largest head dim it serves, the best first.
+    rows : str
+        The constant that says how many times ``rows_at_once`` rows a warp (or thread) holds.
+    rows_at_once : int
+    operand_bytes : int
+        Of an element in shared memory; 0 where it is as in device memory.
+    constants : tuple of (str, bool or str)
+    """
 
     file: str
     tiles: tuple[tuple[int, Tile], ...]
+    rows: str = "kRowTiles"
+    rows_at_once: int = 16
+    operand_bytes: int = 0
+    constants: tuple[tuple[str, bool | str], ...] = ()
 
 
 # Two 16-row blocks a warp halve what shared memory must deliver for each product; one, where O is
@@ -73,17 +90,16 @@ _MMA = Engine(
         (256, Tile(64, 32, 4, 1, 1)),
     ),
 )
-_TF32 = Engine(
-    "_attention/forward_fp32.cu",
-    (
-        (64, Tile(128, 32, 4, 2, 2)),
-        (128, Tile(64, 32, 4, 2, 2)),
-        (128, Tile(64, 32, 4, 1, 2)),
-        (128, Tile(64, 16, 4, 1, 2)),
-        (256, Tile(64, 16, 4, 1, 2)),
-        (256, Tile(64, 16, 4, 1, 1)),
-    ),
+_TF32_TILES = (
+    (64, Tile(128, 32, 4, 2, 2)),
+    (128, Tile(64, 32, 4, 2, 2)),
+    (128, Tile(64, 32, 4, 1, 2)),
+    (128, Tile(64, 16, 4, 1, 2)),
+    (256, Tile(64, 16, 4, 1, 2)),
+    (256, Tile(64, 16, 4, 1, 1)),
 )
+_TF32 = Engine("_attention/forward_fp32.cu", _TF32_TILES, constants=(("kSplit", False),))
+_TF32_SPLIT = Engine("_attention/forward_fp32.cu", _TF32_TILES, constants=(("kSplit", True),))
 _DMMA = Engine(
     "_attention/forward_fp64.cu",
     (
@@ -104,6 +120,10 @@ _SIMT_FLOAT = Engine(
         (256, Tile(32, 16, 2, 1, 2)),
         (256, Tile(32, 16, 2, 1, 1)),
     ),
+    rows="kThreadRows",
+    rows_at_once=4,
+    operand_bytes=4,
+    constants=(("Number", "float32"),),
 )
 _SIMT_DOUBLE = Engine(
     "_attention/forward_simt.cu",
@@ -114,9 +134,14 @@ _SIMT_DOUBLE = Engine(
         (128, Tile(16, 16, 2, 1, 1)),
         (256, Tile(16, 8, 2, 1, 1)),
     ),
+    rows="kThreadRows",
+    rows_at_once=4,
+    operand_bytes=8,
+    constants=(("Number", "float64"),),
 )
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: Gpu, output: str, copies: tuple[str, ...] = ()) -> Plan:
     """Plan one launch.
 
@@ -129,32 +154,36 @@ def choose(problem: Problem, gpu: Gpu, output: str, copies: tuple[str, ...] = ()
     copies : tuple of str
         Operands that have to be copied first.
     """
-    engine, constants, why = _engine(problem, gpu)
-    tile = _tile(engine, problem, gpu)
-    return plan(problem, gpu, output, engine, constants, tile, why, copies)
+    engine, why = _engine(problem, gpu)
+    return plan(problem, output, engine, _tile(engine, problem, gpu), why, copies)
 
 
-def _engine(problem: Problem, gpu: Gpu) -> tuple[Engine, dict[str, bool | str], str]:
-    """The engine, the constants it needs beside the tile's, and the reason."""
+def _engine(problem: Problem, gpu: Gpu) -> tuple[Engine, str]:
+    """The engine, and the reason."""
     dtype, arch = problem.dtype, gpu.arch
     if dtype == "float16" or (dtype == "bfloat16" and arch >= 80):
-        return _MMA, {}, f"{dtype} on the tensor cores"
+        return _MMA, f"{dtype} on the tensor cores"
     if dtype == "bfloat16":
-        return _SIMT_FLOAT, {"Number": "float32"}, "bfloat16 in float32: no tensor cores for it"
+        return _SIMT_FLOAT, "bfloat16 in float32: no tensor cores for it"
     if dtype == "float64":
         if arch in _DMMA_ARCHS:
-            return _DMMA, {}, "float64 on its tensor cores"
-        return _SIMT_DOUBLE, {"Number": "float64"}, "float64 on the FMA units, its only ones here"
+            return _DMMA, "float64 on its tensor cores"
+        return _SIMT_DOUBLE, "float64 on the FMA units, its only ones here"
     if problem.precision == "tf32" and arch >= 80:
-        return _TF32, {"kSplit": False}, "precision='tf32'"
+        return _TF32, "precision='tf32'"
     if arch in _TF32_ARCHS:
-        return _TF32, {"kSplit": True}, "float32 as sums of two TF32 numbers, three products each"
-    return _SIMT_FLOAT, {"Number": "float32"}, "float32 on the FMA units: TF32 is no faster here"
+        return _TF32_SPLIT, "float32 as sums of two TF32 numbers, three products each"
+    return _SIMT_FLOAT, "float32 on the FMA units: TF32 is no faster here"
 
 
-def bucket(head_dim: int) -> int:
-    """The head dim a kernel is compiled for."""
-    return next(size for size in BUCKETS if size >= head_dim)
+def head_dims(problem: Problem, tile: Tile) -> tuple[int, int]:
+    """(kHeadDim, kHeadDimV): buckets, the second at most the first and what a block works on."""
+    sizes = [next(size for size in BUCKETS if size >= d) for d in problem_dims(problem)]
+    return max(sizes), min(sizes[1], tile.columns)
+
+
+def problem_dims(problem: Problem) -> tuple[int, int]:
+    return problem.head_dim, problem.head_dim_v
 
 
 def _tile(engine: Engine, problem: Problem, gpu: Gpu) -> Tile:
@@ -172,54 +201,44 @@ def _tile(engine: Engine, problem: Problem, gpu: Gpu) -> Tile:
 
 def shared_memory(engine: Engine, problem: Problem, tile: Tile) -> int:
     """Bytes a block: Q, then each stage's K and V."""
-    size = BYTES[sum_dtype(problem.dtype)] if engine is not _MMA else BYTES[problem.dtype]
-    d, d_v = bucket(problem.head_dim), min(bucket(problem.head_dim_v), tile.columns)
+    size = engine.operand_bytes or BYTES[problem.dtype]
+    d, d_v = head_dims(problem, tile)
     return size * (tile.queries * d + tile.stages * tile.keys * (d + d_v))
 
 
 def plan(
-    problem: Problem,
-    gpu: Gpu,
-    output: str,
-    engine: Engine,
-    constants: dict[str, bool | str],
-    tile: Tile,
-    why: str,
-    copies: tuple[str, ...],
+    problem: Problem, output: str, engine: Engine, tile: Tile, why: str, copies: tuple[str, ...]
 ) -> Plan:
     """Spell out a chosen tile as a launch."""
-    per_warp = tile.queries // tile.warps
-    columns = min(bucket(problem.head_dim_v), tile.columns)
-    slices = -(-problem.head_dim_v // columns)
-    on_fma_units = "Number" in constants
-    rows = ("kThreadRows", per_warp // 4) if on_fma_units else ("kRowTiles", per_warp // 16)
-    kernel = Kernel(
-        engine.file,
-        "attention_forward",
-        (
-            ("Element", problem.dtype),
-            ("Output", output),
-            ("kHeadDim", bucket(problem.head_dim)),
-            ("kHeadDimV", columns),
-            ("kSlices", slices),
-            ("kBlockM", tile.queries),
-            ("kBlockN", tile.keys),
-            ("kThreads", 32 * tile.warps),
-            ("kStages", tile.stages),
-            ("kMinBlocks", tile.blocks),
-            rows,
-            *constants.items(),
-        ),
-    )
-    blocks = -(-problem.len_q // tile.queries) * slices * pairs_of_heads(problem)
-    seen = visible(problem) * pairs_of_heads(problem)
+    d, d_v = head_dims(problem, tile)
+    slices = -(-problem.head_dim_v // d_v)
+    tiles = -(-problem.len_q // tile.queries)
+    blocks = tiles * slices * pairs_of_heads(problem)
+    if blocks >= 2**31:
+        raise ValueError(
+            f"`q` has {problem.len_q} rows in each of {pairs_of_heads(problem)} heads, over all "
+            f"batches: {blocks} thread blocks, where fewer than 2**31 can be launched"
+        )
+    constants: dict[str, bool | int | str] = {
+        "Element": problem.dtype,
+        "Output": output,
+        "kHeadDim": d,
+        "kHeadDimV": d_v,
+        "kSlices": slices,
+        "kBlockM": tile.queries,
+        "kBlockN": tile.keys,
+        "kThreads": 32 * tile.warps,
+        "kStages": tile.stages,
+        "kMinBlocks": tile.blocks,
+        engine.rows: tile.queries // tile.warps // engine.rows_at_once,
+    }
     return Plan(
-        kernel=kernel,
+        kernel=Kernel(engine.file, "attention_forward", (*constants.items(), *engine.constants)),
         grid=(blocks, 1, 1),
         threads=32 * tile.warps,
         shared_memory=shared_memory(engine, problem, tile),
         bytes=traffic(problem, output),
-        operations=2 * (problem.head_dim + problem.head_dim_v) * seen,
+        operations=2 * sum(problem_dims(problem)) * visible(problem) * pairs_of_heads(problem),
         why=why,
         copies=copies,
     )
@@ -243,7 +262,6 @@ def merge(dtype: str, output: str, shape: tuple[int, ...]) -> Plan:
     )
 
 
-@functools.cache
 def sweep(problem: Problem, gpu: Gpu) -> int:
     """How many (batch, head) pairs advance through their query tiles together.
 

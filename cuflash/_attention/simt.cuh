@@ -24,10 +24,6 @@ template <typename Number> struct SimtProducts {
   static __device__ __forceinline__ int output(int c) { return (c / kChunk * 8 + lane() % 8) * kChunk + c % kChunk; }
 
   static __device__ __forceinline__ void scores(T (&s)[kRows][kScores], QTile q_smem, KTile k_smem) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int c = 0; c < kScores; ++c) s[r][c] = 0;
 #pragma unroll 1
     for (int chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
       Chunk q_frag[kRows];

@@ -12,7 +12,7 @@
 //   kRows, kScores, kOutputs, kRowLanes   rows a thread holds, scores and outputs a row, lanes that share a row
 //   QTile, KTile, VTile                   how the operands lie in shared memory
 //   row(r), key(c), output(c)             the place of a thread's element in the block's tiles
-//   scores(s, q, k), weigh(o, s, v)       S = Q K^T and O += P V
+//   scores(s, q, k), weigh(o, s, v)       S += Q K^T and O += P V
 // and expects, as constants: Element, Output, kHeadDim, kHeadDimV, kSlices, kBlockM, kBlockN, kThreads, kStages.
 #include "device/online_softmax.cuh"
 #include "device/shared_tile.cuh"
@@ -157,6 +157,13 @@ template <typename Products> struct Shared {
   static constexpr int kBytes = kV + kStages * Products::VTile::kBytes;
 };
 
+template <typename T, int kRows, int kColumns> __device__ __forceinline__ void zero(T (&x)[kRows][kColumns]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) x[r][c] = 0;
+}
+
 template <typename Products> struct Rows {
   using T = typename Products::T;
   T s[Products::kRows][Products::kScores];
@@ -164,12 +171,9 @@ template <typename Products> struct Rows {
   RunningPair<T> pair[Products::kRows];  // the sum counts this thread's own keys until `finish`
 
   __device__ __forceinline__ void start() {
+    zero(o);
 #pragma unroll
-    for (int r = 0; r < Products::kRows; ++r) {
-      pair[r] = RunningPair<T>::empty();
-#pragma unroll
-      for (int c = 0; c < Products::kOutputs; ++c) o[r][c] = 0;
-    }
+    for (int r = 0; r < Products::kRows; ++r) pair[r] = RunningPair<T>::empty();
   }
 
   __device__ __forceinline__ void multiply_scores(T factor) {
@@ -241,7 +245,7 @@ template <typename Products> struct Rows {
     for (int r = 0; r < Products::kRows; ++r) {
       const int row = first_row + Products::row(r);
       pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
-      const bool empty = pair[r].sum == T(0);
+      const bool empty = pair[r].max == -infinity<T>();
       if (row >= params.len_q) continue;
       if (lse != nullptr && Products::key(0) == 0) lse[row * params.lse.row] = pair[r].log_sum() * T(kLn2);
       const T inverse = empty ? T(0) : T(1) / pair[r].sum;
@@ -320,7 +324,10 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
     } else {
       load_v(tile);
     }
-    if (place != Place::kOutside) Products::scores(rows.s, q_smem, k_smem(tile));
+    if (place != Place::kOutside) {
+      zero(rows.s);
+      Products::scores(rows.s, q_smem, k_smem(tile));
+    }
     if (kStages == 1) {
       copy_async_wait();
       __syncthreads();  // V of this tile is there; every warp is done with K

@@ -197,11 +197,11 @@ def logsumexp(
     return _call(*prepared, given=given)
 
 
-def _softmax_plans(x: Any, axis: Any = None, *, out: Any = None) -> list[Plan]:
+def _softmax_plans(x: Any, axis: Any = None, *, out: Any = None) -> tuple[int, list[Plan]]:
     return _plans(*prepare("softmax", x, axis, out))
 
 
-def _log_softmax_plans(x: Any, axis: Any = None, *, out: Any = None) -> list[Plan]:
+def _log_softmax_plans(x: Any, axis: Any = None, *, out: Any = None) -> tuple[int, list[Plan]]:
     return _plans(*prepare("log_softmax", x, axis, out))
 
 
@@ -213,7 +213,7 @@ def _logsumexp_plans(
     return_sign: Any = False,
     *,
     out: Any = None,
-) -> list[Plan]:
+) -> tuple[int, list[Plan]]:
     return _plans(*prepare_log(a, axis, b, keepdims, return_sign, out))
 
 
@@ -327,17 +327,17 @@ def _call(
 
 def _plans(
     caller: arrays.Caller, problem: Problem, operands: Operands, shape: tuple[int, ...]
-) -> list[Plan]:
-    """The launches of a call, none where it runs in NumPy or has nothing to do."""
+) -> tuple[int, list[Plan]]:
+    """Where a call would run and what it would launch: nothing where there is nothing to do."""
     if not (caller.on_gpu and problem.rows and problem.columns):
-        return []
+        return caller.device, []
     from . import gpu
 
     with caller:
         converted = complete(caller, problem, operands)
         plans = gpu.plans(problem, operands)
     called = {"x": "a", "weights": "b", "sign": "out[1]"} if problem.reduces else {}
-    return [
+    return caller.device, [
         dataclasses.replace(
             plan, copies=tuple(called.get(name, name) for name in converted + plan.copies)
         )

@@ -45,13 +45,6 @@ def load(kernel: Kernel, gpu: Gpu, shared_memory: int) -> cupy.RawKernel:
     return _kernels[key]
 
 
-def is_loaded(kernel: Kernel, gpu: Gpu, shared_memory: int) -> bool:
-    """Whether `load` would return at once."""
-    import cupy
-
-    return (kernel, gpu, cupy.cuda.runtime.getDevice(), shared_memory) in _kernels
-
-
 def _load(kernel: Kernel, gpu: Gpu, shared_memory: int) -> cupy.RawKernel:
     import cupy
 
@@ -84,9 +77,8 @@ def _load_as_older(kernel: Kernel, arch: int) -> cupy.RawModule:
 
 @dataclass(frozen=True)
 class Cubin:
-    """Machine code of one architecture and what its assembler reported."""
+    """What the assembler of one architecture reported."""
 
-    code: bytes
     log: str
     registers: int
     spills: int  # bytes a thread, stores and loads
@@ -99,14 +91,13 @@ def cubin(kernel: Kernel, arch: int, also: str = "") -> Cubin:
     `also` is put behind the source: a test's static_assert, for one.
     """
     # NVRTC keeps a cache of its own, and a hit reports nothing.
-    code, log = _nvrtc(kernel, f"-arch=sm_{arch}", "--ptxas-options=-v", "--no-cache", also=also)
+    _, log = _nvrtc(kernel, f"-arch=sm_{arch}", "--ptxas-options=-v", "--no-cache", also=also)
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
         raise RuntimeError(f"NVRTC reported no register count for {kernel}:\n{log}")
     spills = re.findall(r"(\d+) bytes spill", log)
     static = re.search(r"(\d+) bytes smem", log)
     return Cubin(
-        code=code,
         log=log,
         registers=int(registers[1]),
         spills=sum(map(int, spills)),

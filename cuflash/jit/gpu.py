@@ -49,7 +49,6 @@ _KNOWN = {
     120: ("Blackwell (RTX 5090)", 170, 99, 100, 96),
     121: ("Blackwell (GB10)", 48, 99, 100, 24),
 }
-ARCHITECTURES = tuple(_KNOWN)
 
 
 def of_arch(arch: int) -> Gpu:

@@ -315,7 +315,6 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
 #pragma unroll 1
   for (int tile = first_tile; tile * kBlockN < keys.end(); ++tile) {
     const int first_key = tile * kBlockN;
-    const Place place = keys.template place<Products::kWarpRows>(first_key);
     copy_async_wait();
     __syncthreads();  // K (and V, of two stages) of this tile are there; every warp is done with the tile before
     if (kStages == 2) {
@@ -324,6 +323,7 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
     } else {
       load_v(tile);
     }
+    const Place place = keys.template place<Products::kWarpRows>(first_key);
     if (place != Place::kOutside) {
       zero(rows.s);
       Products::scores(rows.s, q_smem, k_smem(tile));

@@ -77,6 +77,7 @@ def test_without_nvrtc_the_error_says_what_to_install(monkeypatch: pytest.Monkey
         raise RuntimeError("libnvrtc.so.13: cannot open shared object file")
 
     monkeypatch.setattr(nvrtc, "getVersion", absent)
+    monkeypatch.setattr(compile, "_nvrtc_is_open", False)
     with pytest.raises(RuntimeError, match=r"pip install 'cuflash\[cuda13\]'"):
         compile.cubin(COMBINE, 90)
 
@@ -210,3 +211,26 @@ def test_a_captured_call_replays_on_new_data(dtype: str, cp) -> None:
         graph.launch()
     stream.synchronize()
     calling.judge(second).check(out.get())
+
+
+def test_what_must_be_copied_is_refused_in_a_capture(cp) -> None:
+    """The copy's memory would be somebody else's at the replay."""
+    x = cp.zeros((2, 9, 33), cp.float16)
+    out = cp.empty_like(x)
+    cuflash.warmup(cuflash.attention, x, x, x, out=out)
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        try:
+            with pytest.raises(RuntimeError, match="q and k and v must be copied first"):
+                cuflash.attention(x, x, x, out=out)
+        finally:
+            stream.end_capture()
+
+
+def test_merging_can_be_explained_and_warmed_up(cp) -> None:
+    outs, lses = [cp.zeros((2, 5, 16), cp.float16)] * 3, [cp.zeros((2, 5), cp.float32)] * 3
+    assert cuflash.warmup(cuflash.merge_attention, outs, lses) == 1
+    assert cuflash.warmup(cuflash.merge_attention, outs * 50, lses * 50) == 3
+    assert "combine.cu" in cuflash.explain(cuflash.merge_attention, outs, lses)

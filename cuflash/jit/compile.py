@@ -22,6 +22,7 @@ _STATIC_LIMIT = 48 * 1024  # bytes of shared memory a kernel gets without asking
 
 _kernels: dict[tuple[Kernel, Gpu, int, int], cupy.RawKernel] = {}
 _lock = threading.Lock()
+_nvrtc_is_open = False
 _in_progress: dict[tuple[Kernel, Gpu, int, int], threading.Lock] = {}
 
 
@@ -48,7 +49,7 @@ def load(kernel: Kernel, gpu: Gpu, shared_memory: int) -> cupy.RawKernel:
 def _load(kernel: Kernel, gpu: Gpu, shared_memory: int) -> cupy.RawKernel:
     import cupy
 
-    _require_nvrtc()
+    _open_nvrtc()
     if gpu.forced:
         module = _load_as_older(kernel, gpu.arch)
     else:
@@ -109,7 +110,7 @@ def _nvrtc(kernel: Kernel, arch: str, *options: str, also: str = "") -> tuple[by
     """PTX for `-arch=compute_XX`, a cubin for `-arch=sm_XX`, and the log."""
     from cupy.cuda import nvrtc
 
-    _require_nvrtc()
+    _open_nvrtc()
     program = nvrtc.createProgram(source.text(kernel) + also, kernel.file, (), ())
     try:
         nvrtc.compileProgram(program, (arch, *_OPTIONS, *options))
@@ -122,14 +123,26 @@ def _nvrtc(kernel: Kernel, arch: str, *options: str, also: str = "") -> tuple[by
         nvrtc.destroyProgram(program)
 
 
-def _require_nvrtc() -> None:
-    """A sentence that says what to install, in place of a loader's message."""
+def _open_nvrtc() -> None:
+    """Make sure that NVRTC is there and ready for several threads at a time.
+
+    Its first compilation opens a second library, and two that do so at once can fail: one of them
+    goes ahead alone, on an empty source.
+    """
+    global _nvrtc_is_open
     from cupy.cuda import nvrtc
 
-    try:
-        nvrtc.getVersion()
-    except (RuntimeError, ImportError, OSError) as error:
-        raise RuntimeError(
-            "cuflash compiles its kernels with NVRTC, which was not found; "
-            "install it with: pip install 'cuflash[cuda13]', or cuflash[cuda12] for CUDA 12"
-        ) from error
+    with _lock:
+        if _nvrtc_is_open:
+            return
+        try:
+            nvrtc.getVersion()
+        except (RuntimeError, ImportError, OSError) as error:
+            raise RuntimeError(
+                "cuflash compiles its kernels with NVRTC, which was not found; "
+                "install it with: pip install 'cuflash[cuda13]', or cuflash[cuda12] for CUDA 12"
+            ) from error
+        program = nvrtc.createProgram("", "empty.cu", (), ())
+        nvrtc.compileProgram(program, ())
+        nvrtc.destroyProgram(program)
+        _nvrtc_is_open = True

@@ -202,7 +202,7 @@ def _borrowed_stream(pointer: int) -> Any:
 def capturing() -> bool:
     """Tell whether a graph is being captured here, where no event may be asked or waited for."""
     stream = cp.cuda.get_current_stream()
-    return stream.ptr not in (0, cp.cuda.runtime.streamLegacy) and stream.iscapturing()
+    return stream.ptr not in (0, cp.cuda.runtime.streamLegacy) and stream.is_capturing()
 
 
 def _wait_for(producer: int) -> None:

@@ -262,8 +262,8 @@ def folded(scale: float, dtype: np.dtype) -> tuple[float, int]:
 
     What the kernels' arithmetic would flush to zero is zero: every key then has the same score.
     """
-    limits = np.finfo(dtype)
+    least, most = float(np.finfo(dtype).tiny), float(np.finfo(dtype).max)
     size = abs(scale) * math.log2(math.e)
-    if size < limits.tiny:
+    if size < least:
         return 1, 0
-    return min(size, float(limits.max)), 1 if scale > 0 else -1
+    return min(size, most), 1 if scale > 0 else -1

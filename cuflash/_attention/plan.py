@@ -37,6 +37,8 @@ class Tile:
         it bounds a thread's registers.
     columns : int
         Columns of V, and of the output, that a block works on: what its registers can hold.
+    since : int
+        The oldest architecture on which the registers hold it without spilling.
     """
 
     queries: int
@@ -45,6 +47,7 @@ class Tile:
     stages: int
     blocks: int
     columns: int = 256
+    since: int = 75
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Engine:
 _MMA = Engine(
     "_attention/forward_mma.cu",
     (
-        (64, Tile(128, 96, 4, 2, 2)),
+        (64, Tile(128, 128, 4, 2, 2, since=90)),
         (64, Tile(128, 64, 4, 2, 2)),
         (64, Tile(64, 64, 4, 1, 2)),
         (96, Tile(128, 64, 4, 2, 2)),
@@ -193,8 +196,9 @@ def _tile(engine: Engine, problem: Problem, gpu: Gpu) -> Tile:
     for head_dim, tile in engine.tiles:
         block = shared_memory(engine, problem, tile)
         together = tile.blocks * (block + reserved)
+        serves = widest <= head_dim and tile.since <= gpu.arch
         fits = block <= gpu.shared_memory_per_block
-        if widest <= head_dim and fits and together <= gpu.shared_memory_per_multiprocessor:
+        if serves and fits and together <= gpu.shared_memory_per_multiprocessor:
             return tile
     raise RuntimeError(f"no tile of {engine.file} serves head dim {widest} on {gpu.name}")
 

@@ -259,6 +259,6 @@ def test_explain_tells_the_plan(cp):
     text = cuflash.explain(cuflash.softmax, x, axis=1)
     assert "32 threads a row, held in registers" in text
     assert cuflash.warmup(cuflash.softmax, x, axis=1) == 1
-    (planned,) = api._logsumexp_plans(x.astype("int32"), axis=1, b=x)
+    _, (planned,) = api._logsumexp_plans(x.astype("int32"), axis=1, b=x)
     assert planned.copies == ("a", "b")  # both become float64
-    assert "NumPy" in cuflash.explain(cuflash.softmax, cp.zeros((0, 3)))
+    assert "softmax: 0 launches" in cuflash.explain(cuflash.softmax, cp.zeros((0, 3)))

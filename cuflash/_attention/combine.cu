@@ -31,6 +31,7 @@ extern "C" __global__ void __launch_bounds__(256, 4) attention_combine(const __g
     o += weight * widen(params.outs[part][element]);
   }
 
-  params.out[element] = narrow<Output>(pair.max == -infinity<T>() ? T(0) : o * (T(1) / pair.sum));
+  const bool empty = pair.max == -infinity<T>() && pair.sum == T(0);  // and no NaN
+  params.out[element] = narrow<Output>(empty ? T(0) : o * (T(1) / pair.sum));
   if (element % params.head_dim_v == 0) params.lse[row] = pair.log_sum();
 }

@@ -67,8 +67,9 @@ struct Params {
 
 constexpr int64 kEndAligned = -(1ll << 62);
 
-// A score may exceed its row's reference by this power of two before O is rescaled: most tiles then only add.
-constexpr int kSlack = 8;
+// A score may exceed its row's reference by this power of two before O is rescaled: most tiles then only add. The largest P is then
+// not exactly 1, and rounding it to 16 bits costs what only a float32 output would show.
+constexpr int kSlack = sizeof(Element) == 2 && sizeof(Output) == 4 ? 0 : 8;
 
 // The part of the output that is this block's: a tile of queries and one of kSlices slices of kHeadDimV columns.
 // Tiles that see most keys come first, and `sweep` heads advance together so that their keys stay in L2.
@@ -245,7 +246,7 @@ template <typename Products> struct Rows {
     for (int r = 0; r < Products::kRows; ++r) {
       const int row = first_row + Products::row(r);
       pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
-      const bool empty = pair[r].max == -infinity<T>();
+      const bool empty = pair[r].max == -infinity<T>() && pair[r].sum == T(0);  // and no NaN
       if (row >= params.len_q) continue;
       if (lse != nullptr && Products::key(0) == 0) lse[row * params.lse.row] = pair[r].log_sum() * T(kLn2);
       const T inverse = empty ? T(0) : T(1) / pair[r].sum;

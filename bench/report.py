@@ -78,21 +78,26 @@ def redraw(room: str, folder: Path | None) -> int:
     """Draw the tables and the plots of a room from its JSON files; return how many there are."""
     tables, figures = folder or TABLES, folder or FIGURES
     found = sorted(folder.glob(f"{room}.json") if folder else RESULTS.glob(f"*/{room}.json"))
-    for path in found:
-        run = json.loads(path.read_text())
-        name = f"{room}-{slug(run['environment']['gpu'])}"
-        tables.mkdir(parents=True, exist_ok=True)
+    runs = [json.loads(path.read_text()) for path in found]
+    for run in runs:
         figures.mkdir(parents=True, exist_ok=True)
-        (tables / f"{name}.rst").write_text(rst(run))
-        plot(run, figures / f"{name}.svg")
-    return len(found)
+        plot(run, figures / f"{figure_name(run)}.svg")
+    if runs:
+        tables.mkdir(parents=True, exist_ok=True)
+        (tables / f"{room}.rst").write_text("\n".join(map(rst, runs)))
+    return len(runs)
+
+
+def figure_name(run: dict) -> str:
+    return f"{run['room']}-{slug(run['environment']['gpu'])}"
 
 
 def rst(run: dict) -> str:
-    """Return one run for the docs: the table, and where it was measured."""
+    """Return one run for docs/benchmarks.rst: plot, table, and where it was measured."""
     header, *rows = (", ".join(f'"{cell}"' for cell in row) for row in table(run))
     title = f"{run['room'].capitalize()} on {run['environment']['gpu']}"
-    lines = [f".. csv-table:: {title}", f"   :header: {header}", ""]
+    lines = [f".. image:: figures/{figure_name(run)}.svg", f"   :alt: {title}", ""]
+    lines += [f".. csv-table:: {title}", f"   :header: {header}", ""]
     lines += [*(f"   {row}" for row in rows), "", *(f"- {line}" for line in summary(run)), ""]
     return "\n".join(lines)
 
@@ -107,6 +112,9 @@ def plot(run: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     panels = _panels(run)
+    peers = dict.fromkeys(name for lines in panels.values() for name in lines)
+    colors = {name: f"C{i}" for i, name in enumerate(sorted(peers))}
+    colors |= {OURS: "black", "ceiling": "gray"}
     wide = min(len(panels), 4 if len(panels) % 5 else 5)
     high = -(-len(panels) // wide)
     figure, axes = pyplot.subplots(
@@ -114,9 +122,9 @@ def plot(run: dict, path: Path) -> None:
     )
     for panel, (title, lines) in zip(axes.flat, panels.items()):
         for name, points in lines.items():
-            style = {"color": "gray", "linestyle": "--"} if name == "ceiling" else {"marker": "."}
-            style |= {"color": "black", "linewidth": "2"} if name == OURS else {}
-            panel.plot(*zip(*sorted(points)), label=name, **style)
+            style = {"linestyle": "--"} if name == "ceiling" else {"marker": "."}
+            style |= {"linewidth": "2"} if name == OURS else {}
+            panel.plot(*zip(*sorted(points)), label=name, color=colors[name], **style)
         panel.set(title=title, xscale="log", ylim=(0, None))
     for panel in axes.flat[len(panels) :]:
         panel.axis("off")

@@ -5,16 +5,16 @@ No GPU is needed, only NVRTC: the code is compiled, not run.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 from cuflash._attention import plan as attention_plan
 from cuflash._attention.problem import Problem
 from cuflash.jit import compile, gpu
+from cuflash.jit.launch import Plan
 
 # Every pair of buckets: where d_v's is the larger, it serves both.
 HEAD_DIMS = [(d, d_v) for d in attention_plan.BUCKETS for d_v in attention_plan.BUCKETS if d_v <= d]
+EQUAL = [(d, d) for d in attention_plan.BUCKETS]
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 # ptxas calls these out when it serialises wgmma or gives up on a register budget.
@@ -53,35 +53,36 @@ def problem(dtype: str, head_dim: int, head_dim_v: int, precision: str | None = 
     )
 
 
-def attention_plans(arch: int) -> dict[str, attention_plan.Plan]:
-    """A covering set of attention's plans, by the name of their kernel."""
-    inputs = [("float16", None), ("bfloat16", None), ("float64", None), ("float32", None)]
-    plans = {}
-    for (dtype, precision), (d, d_v) in itertools.product(inputs, HEAD_DIMS):
-        chosen = attention_plan.choose(problem(dtype, d, d_v, precision), gpu.of_arch(arch), dtype)
-        plans[str(chosen.kernel)] = chosen
-    for dtype, output, precision in (
-        ("float16", "float32", None),
-        ("bfloat16", "float32", None),
-        ("float32", "float32", "tf32"),
-    ):
-        for d in (64, 128, 256):
-            asked = problem(dtype, d, d, precision)
-            chosen = attention_plan.choose(asked, gpu.of_arch(arch), output)
-            plans[str(chosen.kernel)] = chosen
-    for dtype in ("float16", "bfloat16", "float32", "float64"):
-        chosen = attention_plan.merge(dtype, dtype, (2, 4, 512, 64))
-        plans[str(chosen.kernel)] = chosen
-    return plans
+# Inputs' dtype, dtype of out, precision, and the head dims.
+KINDS = {
+    "float16": ("float16", "float16", None, HEAD_DIMS),
+    "bfloat16": ("bfloat16", "bfloat16", None, HEAD_DIMS),
+    "float32": ("float32", "float32", None, HEAD_DIMS),
+    "float64": ("float64", "float64", None, HEAD_DIMS),
+    "float16 to float32": ("float16", "float32", None, EQUAL),
+    "bfloat16 to float32": ("bfloat16", "float32", None, EQUAL),
+    "tf32": ("float32", "float32", "tf32", EQUAL),
+}
 
 
+def attention_plans(arch: int, kind: str) -> list[Plan]:
+    """The plans of all pairs of head dims, one of each kernel, and of merging their results."""
+    dtype, output, precision, head_dims = KINDS[kind]
+    plans = [attention_plan.merge(dtype, output, (2, 4, 512, 64))] if precision is None else []
+    for d, d_v in head_dims:
+        asked = problem(dtype, d, d_v, precision)
+        plans.append(attention_plan.choose(asked, gpu.of_arch(arch), output))
+    return list({str(chosen.kernel): chosen for chosen in plans}.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_attention_compiles_without_spills(arch: int) -> None:
-    for chosen in attention_plans(arch).values():
+def test_attention_compiles_without_spills(arch: int, kind: str) -> None:
+    for chosen in attention_plans(arch, kind):
         check(chosen, arch)
 
 
-def check(chosen: attention_plan.Plan, arch: int) -> None:
+def check(chosen: Plan, arch: int) -> None:
     """The cubin keeps what the plan promises."""
     found = compile.cubin(chosen.kernel, arch)
     model = gpu.of_arch(arch)

@@ -13,6 +13,7 @@ from .. import arrays
 from ..gpu_arrays import capturing
 from ..jit import gpu as gpus
 from ..jit.launch import Plan, launch
+from ..jit.strides import fold
 from . import plan
 from .problem import Operands, Problem, sum_dtype
 
@@ -190,32 +191,20 @@ def words(lengths: cp.ndarray) -> cp.ndarray:
 
 
 def collapse(operands: Operands) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
-    """Merge neighbouring batch axes that every operand walks over in one stride.
+    """Join the batch axes that every operand walks over in one stride.
 
     Returns the batch shape, at least BATCH_AXES axes long, and each operand's strides in elements.
     """
     present = {name: array for name, array in vars(operands).items() if hasattr(array, "strides")}
     batch = operands.q.shape[:-3]
-    walks = {
-        name: [stride // array.itemsize for stride in array.strides[: len(batch)]]
-        for name, array in present.items()
-    }
-    shape: list[int] = []
-    kept: dict[str, list[int]] = {name: [] for name in present}
-    for axis, length in enumerate(batch):
-        if length == 1:
-            continue
-        if shape and all(kept[name][-1] == walks[name][axis] * length for name in present):
-            shape[-1] *= length
-            for name in present:
-                kept[name][-1] = walks[name][axis]
-        else:
-            shape.append(length)
-            for name in present:
-                kept[name].append(walks[name][axis])
-    missing = BATCH_AXES - len(shape)
-    strides = {name: (*[0] * missing, *kept[name]) for name in present}
-    return (*[1] * missing, *shape), strides
+    walks = [
+        [stride // array.itemsize for stride in array.strides[: len(batch)]]
+        for array in present.values()
+    ]
+    sizes, folded = fold(batch, walks, range(len(batch)))
+    missing = BATCH_AXES - len(sizes)
+    strides = {name: (*[0] * missing, *walk) for name, walk in zip(present, folded)}
+    return (*[1] * missing, *sizes), strides
 
 
 def params(

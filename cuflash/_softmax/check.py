@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import arrays
-from .layout import address
+from ..jit.strides import address
 
 HALVES = ("float16", "bfloat16")
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..jit import gpu, launch
+from ..jit.strides import address
 from . import layout, plan
 from .layout import MAX_AXES, Layout, Placement
 from .problem import Operands, Problem
@@ -67,7 +68,7 @@ def pack(placed: Layout, operands: Operands) -> np.ndarray[Any, Any]:
     """The argument of the kernels."""
     params = np.zeros(1, PARAMS)
     for name, array in _named(operands).items():
-        params[name] = layout.address(array)
+        params[name] = address(array)
     params["rows"], params["columns"] = placed.rows, placed.columns
     params["outer"], params["reduced"] = _padded(placed.outer), _padded(placed.reduced)
     placements: dict[str, Placement | None] = {

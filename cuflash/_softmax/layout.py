@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
+from ..jit.strides import address, fold
 from .problem import Operands, Problem
 
 MAX_AXES = 4  # as in layout.cuh
@@ -71,39 +68,3 @@ def of(problem: Problem, operands: Operands) -> Layout:
         for (name, array), across, along in zip(arrays.items(), outer_strides, reduced_strides)
     }
     return Layout(outer, reduced, **placements)
-
-
-def fold(
-    shape: Sequence[int], strides: Sequence[Sequence[int]], axes: Sequence[int]
-) -> tuple[tuple[int, ...], list[list[int]]]:
-    """Join those of `axes` that all arrays walk as one.
-
-    Returns sizes and, for each array, strides. The order of rows and that of a row's elements mean
-    nothing to a sum, so axes are first put in the order in which the first array lies in memory.
-    """
-
-    def density(axis: int) -> int:
-        return next((abs(array[axis]) for array in strides if array[axis]), 0)
-
-    sizes: list[int] = []
-    folded: list[list[int]] = [[] for _ in strides]
-    for axis in sorted((a for a in axes if shape[a] != 1), key=density, reverse=True):
-        size, steps = shape[axis], [array[axis] for array in strides]
-        if sizes and all(array[-1] == size * step for array, step in zip(folded, steps)):
-            sizes[-1] *= size
-            for array, step in zip(folded, steps):
-                array[-1] = step
-        else:
-            sizes.append(size)
-            for array, step in zip(folded, steps):
-                array.append(step)
-    if not sizes:  # one row, or rows of one element
-        return (1,), [[0] for _ in strides]
-    return tuple(sizes), folded
-
-
-def address(array: Any) -> int:
-    """Where the first element of a NumPy or CuPy array lies."""
-    if isinstance(array, np.ndarray):
-        return int(array.__array_interface__["data"][0])
-    return int(array.data.ptr)

@@ -1,0 +1,131 @@
+"""The host's arithmetic behind a launch: counts, folded batch axes, divisions without dividing."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_compile import problem
+
+from cuflash._attention import plan
+from cuflash._attention.problem import Operands
+from cuflash.jit import gpu
+
+
+@pytest.fixture(scope="module")
+def host():
+    pytest.importorskip("cupy", reason="the host side of the kernels imports CuPy")
+    from cuflash._attention import gpu as host
+
+    return host
+
+
+@given(
+    len_q=st.integers(0, 40),
+    len_k=st.integers(0, 40),
+    q_start=st.none() | st.integers(-60, 60),
+    left=st.none() | st.integers(0, 50),
+    right=st.none() | st.integers(0, 50),
+)
+def test_visible_scores_are_counted(len_q, len_k, q_start, left, right) -> None:
+    asked = replaced(len_q=len_q, len_k=len_k, q_start=q_start, left=left, right=right)
+    start = len_k - len_q if q_start is None else q_start
+    seen = 0
+    for i, j in itertools.product(range(len_q), range(len_k)):
+        after = left is None or j >= i + start - left
+        before = right is None or j <= i + start + right
+        seen += after and before
+    assert plan.visible(asked) == seen
+
+
+def replaced(**fields):
+    import dataclasses
+
+    return dataclasses.replace(problem("float16", 64, 64), **fields)
+
+
+@given(st.data())
+def test_divisor_divides(host, data) -> None:
+    length = data.draw(st.integers(1, 2**31 - 1) | st.integers(1, 300))
+    near = data.draw(st.integers(0, (2**31 - 1) // length)) * length + data.draw(st.integers(-1, 1))
+    number = min(max(near, 0), 2**31 - 1)
+    same, magic, shift = host.divisor(length)
+    assert same == length
+    assert magic < 2**32
+    assert number * magic < 2**64
+    assert number * magic >> shift == number // length
+
+
+@given(st.data())
+def test_folded_batch_axes_reach_every_entry(host, data) -> None:
+    """What the kernel does with the folded strides finds each entry of the batch once."""
+    batch = tuple(data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=6)))
+    size = math.prod(batch)
+    entries = np.arange(size, dtype=np.int64).reshape(batch)
+    order = data.draw(st.permutations(range(len(batch))))
+    entries = np.transpose(np.ascontiguousarray(np.transpose(entries, order)), np.argsort(order))
+    q = np.broadcast_to(entries[..., None, None, None], (*batch, 1, 1, 8))
+    sides = [data.draw(st.booleans()) for _ in batch]
+    shared = entries[tuple(slice(None) if keep else slice(0, 1) for keep in sides)]
+    k = np.broadcast_to(np.broadcast_to(shared, batch)[..., None, None, None], (*batch, 1, 1, 8))
+    shape, strides = host.collapse(Operands(q=q, k=k, v=k, out=q))
+    assert math.prod(shape) == size
+    found = []
+    for index in np.ndindex(shape):
+        places = [sum(i * s for i, s in zip(index, strides[name])) for name in ("q", "k")]
+        found.append(tuple(walk(x, place) for x, place in zip((q, k), places)))
+    expected = zip(q[..., 0, 0, 0].flat, k[..., 0, 0, 0].flat)
+    assert sorted(found) == sorted((int(a), int(b)) for a, b in expected)
+
+
+def walk(array: np.ndarray, place: int) -> int:
+    """The element `place` elements behind the first."""
+    first = array[(slice(0, 1),) * array.ndim]
+    return int(np.lib.stride_tricks.as_strided(first, (place + 1,), (array.itemsize,))[-1])
+
+
+def test_batches_that_lie_together_fold_into_one_axis(host) -> None:
+    x = np.zeros((2, 3, 5, 4, 7, 8))
+    shape, strides = host.collapse(Operands(q=x, k=x, v=x, out=x))
+    assert shape == (1, 1, 1, 30)
+    assert set(strides.values()) == {(0, 0, 0, 4 * 7 * 8)}
+
+
+def test_merging_many_parts_is_planned_as_it_runs(host) -> None:
+    part = np.zeros((2, 3, 8), np.float16)
+    for parts, launches in ((1, 1), (64, 1), (65, 2), (127, 2), (128, 3), (190, 3), (191, 4)):
+        plans = host.merge_plans([part] * parts, part)
+        assert len(plans) == launches
+        constants = [dict(each.kernel.constants) for each in plans]
+        assert constants[0]["Element"] == "float16"
+        assert constants[-1]["Output"] == "float16"
+        assert all(a["Output"] == b["Element"] for a, b in itertools.pairwise(constants))
+
+
+def test_scales_that_float32_cannot_hold(host) -> None:
+    single, double = np.dtype("f4"), np.dtype("f8")
+    assert host.folded(0.5, single) == (0.5 * math.log2(math.e), 1)
+    assert host.folded(-0.5, double) == (0.5 * math.log2(math.e), -1)
+    assert host.folded(0.0, single) == host.folded(1e-40, single) == (1, 0)
+    assert host.folded(1e-40, double)[1] == 1
+    assert host.folded(-3e38, single) == (float(np.finfo("f4").max), -1)
+
+
+def test_more_blocks_than_a_grid_holds_is_an_error() -> None:
+    asked = replaced(batch=(2**20,), heads=2**11, len_q=1)
+    with pytest.raises(ValueError, match=r"`q` has 1 rows .* 2147483648 heads.* 2\*\*31"):
+        plan.choose(asked, gpu.of_arch(90), "float16")
+
+
+@pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120])
+def test_every_head_dim_has_a_tile(arch: int) -> None:
+    for dtype, d, d_v in itertools.product(plan.BYTES, range(1, 257, 15), (1, 64, 200, 256)):
+        chosen = plan.choose(problem(dtype, d, d_v), gpu.of_arch(arch), dtype)
+        constants = dict(chosen.kernel.constants)
+        assert constants["kHeadDim"] >= max(d, min(d_v, constants["kHeadDimV"]))
+        assert constants["kHeadDimV"] * constants["kSlices"] >= d_v
+        assert chosen.shared_memory <= gpu.of_arch(arch).shared_memory_per_block

@@ -100,29 +100,35 @@ def planned(problem: Problem, operands: Operands, shape: tuple[int, ...]) -> tup
 
 def merge(outs: list[Any], lses: list[Any], out: cp.ndarray, lse: cp.ndarray) -> None:
     """Fill `out` and `lse` with attention over the keys of all parts."""
-    refuse_in_capture(
-        "outs and lses, unless contiguous and no more than 64,",
-        len(outs) > plan.PARTS or not all(part.flags.c_contiguous for part in (*outs, *lses)),
-    )
+    contiguous = all(each.flags.c_contiguous for each in (*outs, *lses, out, lse))
+    refuse_in_capture("parts and outputs that are not contiguous", not contiguous)
+    refuse_in_capture(f"more than {plan.PARTS} parts", len(outs) > plan.PARTS)
     while len(outs) > plan.PARTS:  # the first ones, merged in full precision, become one part
         wide = cp.empty(out.shape, lse.dtype), cp.empty(lse.shape, lse.dtype)
         merge(outs[: plan.PARTS], lses[: plan.PARTS], *wide)
         rest = [each.astype(lse.dtype, copy=False) for each in outs[plan.PARTS :]]
         outs, lses = [wide[0], *rest], [wide[1], *lses[plan.PARTS :]]
-    parts = {"outs": [*map(cp.ascontiguousarray, outs)], "lses": [*map(cp.ascontiguousarray, lses)]}
+    outs, lses = ([cp.ascontiguousarray(each) for each in parts] for parts in (outs, lses))
     results = [
         each if each.flags.c_contiguous else cp.empty(each.shape, each.dtype) for each in (out, lse)
     ]
-    filled = np.zeros((), _MERGE)
-    for name, each in parts.items():
-        filled[name][: len(each)] = [part.data.ptr for part in each]
-    filled["out"], filled["lse"] = (each.data.ptr for each in results)
-    filled["elements"], filled["head_dim_v"] = out.size, out.shape[-1]
-    filled["parts"] = len(outs)
-    launch(merge_plans(outs, out)[-1], filled)
+    launch(merge_plans(outs, out)[-1], merge_params(outs, lses, *results))
     for given, result in zip((out, lse), results):
         if result is not given:
             given[...] = result
+
+
+def merge_params(
+    outs: list[Any], lses: list[Any], out: cp.ndarray, lse: cp.ndarray
+) -> np.ndarray[Any, Any]:
+    """The argument of combine.cu."""
+    filled = np.zeros((), _MERGE)
+    filled["outs"][: len(outs)] = [part.data.ptr for part in outs]
+    filled["lses"][: len(lses)] = [part.data.ptr for part in lses]
+    filled["out"], filled["lse"] = out.data.ptr, lse.data.ptr
+    filled["elements"], filled["head_dim_v"] = out.size, out.shape[-1]
+    filled["parts"] = len(outs)
+    return filled
 
 
 def merge_plans(outs: list[Any], out: cp.ndarray) -> list[Plan]:
@@ -160,8 +166,8 @@ def refuse_in_capture(what: str, copies: bool) -> None:
     """A copy's memory goes back to the pool with the call, but a graph would write to it again."""
     if copies and capturing():
         raise RuntimeError(
-            f"{what} must be copied first, which a captured CUDA graph cannot do: pass rows that "
-            "start on multiples of 16 bytes, and lengths in int32 or int64"
+            f"{what} must be copied first, which a captured CUDA graph cannot do: pass contiguous "
+            "rows that start on multiples of 16 bytes, and lengths in int32 or int64"
         )
 
 

@@ -306,12 +306,22 @@ def _check_output(name: str, array: NativeArray, kind: type[Caller]) -> None:
         raise TypeError(f"`{name}` is a JAX array, which is immutable; leave `{name}` out")
     if isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"`{name}` is read-only; an output must be writable")
-    shared = any(stride == 0 and length > 1 for stride, length in zip(array.strides, array.shape))
-    if shared and array.size:
+    if _overlaps_itself(array):
         raise ValueError(
             f"`{name}` must have memory of its own for every element, but its shape is "
             f"{array.shape} and its strides are {array.strides}"
         )
+
+
+def _overlaps_itself(array: NativeArray) -> bool:
+    """Whether some axis steps by less than what the axes inside it cover."""
+    covered = array.itemsize
+    walked = [(abs(s), n) for s, n in zip(array.strides, array.shape) if n > 1]
+    for stride, length in sorted(walked) if array.size else ():
+        if stride < covered:
+            return True
+        covered += stride * (length - 1)
+    return False
 
 
 def check_torch(name: str, tensor: Any) -> np.dtype:

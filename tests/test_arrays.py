@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import subprocess
 import sys
 import weakref
@@ -169,9 +170,11 @@ def test_outputs_must_be_writable() -> None:
 
 
 def test_outputs_must_have_memory_for_every_element() -> None:
-    repeated = np.lib.stride_tricks.as_strided(np.ones(3), (4, 3), (0, 8))
-    with pytest.raises(ValueError, match=r"`out` must have memory of its own.*\(0, 8\)"):
-        arrays.take({"x": np.ones(3), "out": repeated})
+    for strides in ((0, 8), (8, 8), (-8, 16)):
+        repeated = np.lib.stride_tricks.as_strided(np.ones(24)[12:], (4, 3), strides)
+        wrong = rf"`out` must have memory of its own.*{re.escape(str(strides))}"
+        with pytest.raises(ValueError, match=wrong):
+            arrays.take({"x": np.ones(3), "out": repeated})
     arrays.take({"x": np.ones(3), "out": repeated[:1]})  # a stride that is never taken
 
 

@@ -277,24 +277,9 @@ def _own_memory(name: str, native: dict[str, Any]) -> None:
             f"`{name}` must have a contiguous last axis, a stride of {out.itemsize} bytes, but its "
             f"strides are {out.strides}"
         )
-    if _overlaps_itself(out):
-        raise ValueError(
-            f"`{name}` must have memory of its own for every element, but its shape is {out.shape} "
-            f"and its strides are {out.strides}"
-        )
     for other, values in native.items():
         if other != name and values is not None and arrays.may_share_memory(out, values):
             raise ValueError(f"`{name}` must not overlap `{other}` in memory")
-
-
-def _overlaps_itself(out: Any) -> bool:
-    """Whether some axis steps by less than what the axes inside it cover."""
-    covered = out.itemsize
-    for stride, size in sorted((abs(s), n) for s, n in zip(out.strides, out.shape) if n > 1):
-        if stride < covered:
-            return True
-        covered += stride * (size - 1)
-    return False
 
 
 # Parts to merge.

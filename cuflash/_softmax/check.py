@@ -117,11 +117,6 @@ def outputs(
 
 def _separate(name: str, native: dict[str, Any], may_be: str | None) -> None:
     out = native[name]
-    if _overlaps_itself(out):
-        raise ValueError(
-            f"`{name}` must have memory of its own for each element, but its shape {out.shape} has "
-            f"strides {out.strides}"
-        )
     for other, array in native.items():
         if other == name or array is None or (other == may_be and _is_same(out, array)):
             continue
@@ -133,15 +128,3 @@ def _separate(name: str, native: dict[str, Any], may_be: str | None) -> None:
 def _is_same(a: Any, b: Any) -> bool:
     same = a.shape == b.shape and a.strides == b.strides and a.dtype == b.dtype
     return bool(same and address(a) == address(b))
-
-
-def _overlaps_itself(array: Any) -> bool:
-    """Whether some axis steps by less than what the axes inside it cover."""
-    if array.size == 0:
-        return False
-    covered = array.itemsize
-    for stride, size in sorted((abs(s), n) for s, n in zip(array.strides, array.shape) if n > 1):
-        if stride < covered:
-            return True
-        covered += stride * (size - 1)
-    return False

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_compile import problem
 
-from cuflash._attention import plan
+from cuflash._attention import plan, shortcut
 from cuflash._attention.problem import Operands
 from cuflash.jit import gpu
 
@@ -106,6 +106,19 @@ def test_merging_many_parts_is_planned_as_it_runs(host) -> None:
         assert all(a["Output"] == b["Element"] for a, b in itertools.pairwise(constants))
 
 
+def test_merging_refuses_every_copy_in_a_capture(host, monkeypatch) -> None:
+    """Before anything is allocated, which is why no GPU is needed to see it."""
+    monkeypatch.setattr(host, "capturing", lambda: True)
+    parts, lses = [np.zeros((2, 3, 8), np.float32)] * 65, [np.zeros((2, 3), np.float32)] * 65
+    out, lse = parts[0].copy(), lses[0].copy()
+    gaps = np.zeros((2, 3, 16), np.float32)[..., ::2]
+    with pytest.raises(RuntimeError, match="more than 64 parts"):
+        host.merge(parts, lses, out, lse)
+    for some_parts, some_out in (([gaps], out), (parts[:1], gaps)):
+        with pytest.raises(RuntimeError, match="not contiguous"):
+            host.merge(some_parts, lses[:1], some_out, lse)
+
+
 def test_scales_that_float32_cannot_hold(host) -> None:
     single, double = np.dtype("f4"), np.dtype("f8")
     assert host.folded(0.5, single) == (0.5 * math.log2(math.e), 1)
@@ -119,6 +132,54 @@ def test_more_blocks_than_a_grid_holds_is_an_error() -> None:
     asked = replaced(batch=(2**20,), heads=2**11, len_q=1)
     with pytest.raises(ValueError, match=r"`q` has 1 rows .* 2147483648 heads.* 2\*\*31"):
         plan.choose(asked, gpu.of_arch(90), "float16")
+
+
+NO_OPTIONS = (None, False, None, None, None, None, False)  # as api.attention hands them on
+
+
+def test_known_calls_differ_in_pointers_alone(monkeypatch) -> None:
+    """What may change the plan is in the key; the arrays' memory is never read, so no GPU is."""
+    cupy = pytest.importorskip("cupy")
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
+
+    def key(options=NO_OPTIONS, **changes):
+        x = {"at": 4096, "device": 0, "shape": (4, 8), "strides": None, "dtype": "f2"} | changes
+        memory = cupy.cuda.UnownedMemory(x["at"], 4096, None, x["device"])
+        pointer = cupy.cuda.MemoryPointer(memory, 0)
+        array = cupy.ndarray(x["shape"], x["dtype"], pointer, x["strides"])
+        return shortcut.find(array, array, array, options)[0]
+
+    assert key() == key(at=8192)
+    assert key() == key(at=4096 + 16)
+    for changes in (
+        {"at": 4096 + 2},
+        {"device": 1},
+        {"shape": (8, 4)},
+        {"strides": (32, 2)},
+        {"dtype": "f4"},
+    ):
+        assert key() != key(**changes), changes
+    for place, value in enumerate((1.0, True, 7, 3, 5, "tf32", True)):
+        options = list(NO_OPTIONS)
+        options[place] = value
+        assert key() != key(tuple(options))
+    assert key((1, *NO_OPTIONS[1:])) != key((True, *NO_OPTIONS[1:]))  # True is no scale
+    before = key()
+    monkeypatch.setenv("CUFLASH_ARCH", "80")
+    assert key() != before
+
+
+def test_arrays_among_the_options_take_the_long_way(monkeypatch) -> None:
+    cupy = pytest.importorskip("cupy")
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
+    memory = cupy.cuda.UnownedMemory(4096, 4096, None, 0)
+    x = cupy.ndarray((4, 8), "f2", cupy.cuda.MemoryPointer(memory, 0))
+    lengths = cupy.ndarray((2,), "i4", cupy.cuda.MemoryPointer(memory, 0))
+    options = (*NO_OPTIONS[:4], lengths, *NO_OPTIONS[5:])
+    assert shortcut.find(x, x, x, options) == (None, None)
+    host_array = np.zeros((4, 8))
+    assert shortcut.find(host_array, host_array, host_array, NO_OPTIONS) == (None, None)
+    assert shortcut.find(x, x, host_array, NO_OPTIONS) == (None, None)
 
 
 @pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120])

@@ -240,6 +240,16 @@ def test_pages_name_tests_that_exist():
             assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{page}: {name}"
 
 
+def test_pages_select_tests_that_exist():
+    """``pytest tests/file.py -k word`` runs something, as long as the name is there."""
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for path, word in re.findall(r"pytest (tests[\w/.]*)(?: -k (\w+))?$", text, re.MULTILINE):
+            files = [ROOT / path] if path.endswith(".py") else sorted((ROOT / path).glob("*.py"))
+            names = [n for f in files for n in re.findall(r"def (test_\w+)", f.read_text("utf-8"))]
+            assert [name for name in names if word in name], f"{page}: pytest {path} -k {word}"
+
+
 def test_readme_points_at_files_that_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)

@@ -75,8 +75,8 @@ def warmup(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
     f : callable
         A function of cuflash, such as ``cuflash.attention``.
     *args, **kwargs
-        What it will be called with; kernels depend on dtypes, head dims and alignment, and rarely
-        on lengths.
+        What it will be called with. Kernels of attention depend on dtypes and head dims alone,
+        those of the softmax family also on lengths and strides.
 
     Returns
     -------
@@ -89,6 +89,8 @@ def warmup(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
         If `f` is not a function of cuflash that runs kernels.
     TypeError, ValueError
         What the call itself would raise for these arguments.
+    RuntimeError
+        If NVRTC is not there, or the GPU is too old.
 
     Examples
     --------

@@ -97,6 +97,8 @@ def attention(
     ValueError
         For shapes, values and memory. On a GPU the values in ``q_start`` and ``kv_lengths``
         arrays are clamped to what is allowed, not checked, unless ``CUFLASH_CHECK=1``.
+    RuntimeError
+        In the capture of a CUDA graph, for a call that would have to copy an argument.
 
     Notes
     -----
@@ -104,8 +106,9 @@ def attention(
     and -inf in lse. What lies in masked places, NaN and infinity included, never reaches a result;
     a NaN or infinity in a row of v that some query sees may reach other queries, as in ``p @ v``.
 
-    Views are used in place when their last axis is contiguous; arrays for which it is not are
-    copied once. The answer is bitwise the same every run.
+    Views are used in place when their last axis is contiguous and, on a GPU, every row begins at
+    a multiple of 16 bytes; q, k or v for which this is not so is copied once. The answer is bitwise
+    the same every run.
 
     The algorithm is Algorithm 1 of FlashAttention-2 [1]_.
 
@@ -194,6 +197,9 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any], *, out: Any = None
         For what is not an array, kinds or devices that are mixed, and dtypes.
     ValueError
         For no parts at all, shapes and memory.
+    RuntimeError
+        In the capture of a CUDA graph, for parts or outputs that are not contiguous, and for more
+        than 64 parts.
 
     Notes
     -----

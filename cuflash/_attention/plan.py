@@ -181,7 +181,7 @@ def _engine(problem: Problem, gpu: Gpu) -> tuple[Engine, str]:
 
 
 def head_dims(problem: Problem, tile: Tile) -> tuple[int, int]:
-    """(kHeadDim, kHeadDimV): buckets, the second at most the first and what a block works on."""
+    """(kHeadDim, kHeadDimV): buckets, the second no larger than the first nor than tile.columns."""
     sizes = [next(size for size in BUCKETS if size >= d) for d in problem_dims(problem)]
     return max(sizes), min(sizes[1], tile.columns)
 

@@ -74,7 +74,7 @@ template <int N> __device__ __forceinline__ void take(Pair& pair, const Score (&
   for (int i = 0; i < N; ++i) pair.sum += BaseE::exp(scores[i] - BaseE::reference(pair.max));
 }
 
-// The same, and leaves in `scores` what `Finish::held` wants: for softmax the exponentials, so that none is computed twice.
+// The same, and leaves in `scores` what `Finish::answer_held` wants: for softmax the exponentials, so that none is computed twice.
 template <int N> __device__ __forceinline__ void take_held(Pair& pair, Score (&scores)[N]) {
   pair.raise(largest(scores));
 #pragma unroll

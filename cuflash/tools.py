@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from importlib import metadata
 from typing import Any
 
@@ -140,7 +140,6 @@ def _device(ordinal: int) -> Any:
 
 def _load(device: int, plans: list[Plan], title: str) -> None:
     """Compile and load the plans' kernels side by side."""
-    from tqdm import tqdm
 
     def load_one(plan: Plan) -> None:
         with _device(device):
@@ -148,8 +147,18 @@ def _load(device: int, plans: list[Plan], title: str) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         loading = [pool.submit(load_one, plan) for plan in plans]
-        for done in tqdm(as_completed(loading), f"compiling {title}", len(loading), leave=False):
+        for done in _with_progress(loading, f"compiling {title}"):
             done.result()
+
+
+def _with_progress(loading: list[Future[None]], title: str) -> Iterable[Future[None]]:
+    """What is done, as it is done; without tqdm, which comes with the extras, there is no bar."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return as_completed(loading)
+    bar: Iterable[Future[None]] = tqdm(as_completed(loading), title, len(loading), leave=False)
+    return bar
 
 
 def _launches(name: str, count: int) -> str:

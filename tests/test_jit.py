@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -13,6 +15,7 @@ import tolerance
 from strategies import Call
 
 import cuflash
+from cuflash import tools
 from cuflash.jit import compile, gpu, source
 from cuflash.jit.source import Kernel
 
@@ -117,8 +120,6 @@ def test_code_of_an_older_architecture_runs_here(
 
 
 def planned(function, *args: object, **kwargs: object) -> list:
-    from cuflash import tools
-
     return tools._planner(function)(*args, **kwargs)[1]
 
 
@@ -154,6 +155,25 @@ def test_warmup_compiles_all_that_the_call_needs(cp) -> None:
     before = dict(compile._kernels)
     cuflash.attention(q, k, v, **options)
     assert compile._kernels == before
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_kernels_load_with_and_without_a_progress_bar(bar, monkeypatch) -> None:
+    """tqdm is in the extras: whoever brings a CuPy of their own may not have it."""
+    if bar:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(tools, "_device", lambda ordinal: contextlib.nullcontext())
+    loaded = []
+
+    class Planned:
+        def load(self) -> None:
+            loaded.append(self)
+
+    plans = [Planned(), Planned(), Planned()]
+    tools._load(0, plans, "attention")
+    assert set(loaded) == set(plans)
 
 
 def test_show_config_speaks_everywhere(capsys: pytest.CaptureFixture[str]) -> None:

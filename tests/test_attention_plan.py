@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -43,8 +44,6 @@ def test_visible_scores_are_counted(len_q, len_k, q_start, left, right) -> None:
 
 
 def replaced(**fields):
-    import dataclasses
-
     return dataclasses.replace(problem("float16", 64, 64), **fields)
 
 

@@ -101,8 +101,10 @@ def planned(problem: Problem, operands: Operands, shape: tuple[int, ...]) -> tup
 def merge(outs: list[Any], lses: list[Any], out: cp.ndarray, lse: cp.ndarray) -> None:
     """Fill `out` and `lse` with attention over the keys of all parts."""
     contiguous = all(each.flags.c_contiguous for each in (*outs, *lses, out, lse))
-    refuse_in_capture("parts and outputs that are not contiguous", not contiguous)
-    refuse_in_capture(f"more than {plan.PARTS} parts", len(outs) > plan.PARTS)
+    refuse_in_capture("outs, lses and out", "pass contiguous ones", not contiguous)
+    refuse_in_capture(
+        "intermediate results", f"merge {plan.PARTS} parts at most", len(outs) > plan.PARTS
+    )
     while len(outs) > plan.PARTS:  # the first ones, merged in full precision, become one part
         wide = cp.empty(out.shape, lse.dtype), cp.empty(lse.shape, lse.dtype)
         merge(outs[: plan.PARTS], lses[: plan.PARTS], *wide)
@@ -134,14 +136,13 @@ def merge_params(
 def merge_plans(outs: list[Any], out: cp.ndarray) -> list[Plan]:
     """The launches of `merge`, without launching."""
     dtype, output = arrays.dtype_name(outs[0].dtype), arrays.dtype_name(out.dtype)
-    wide = sum_dtype(dtype)
+    steps = [(dtype, output)]
     rounds = max(0, -(-(len(outs) - plan.PARTS) // (plan.PARTS - 1)))
-    steps = (
-        [(dtype, output)]
-        if not rounds
-        else [(dtype, wide), *[(wide, wide)] * (rounds - 1), (wide, output)]
-    )
-    return [plan.merge(*step, out.shape) for step in steps]
+    if rounds:
+        wide = sum_dtype(dtype)
+        steps = [(dtype, wide), *[(wide, wide)] * (rounds - 1), (wide, output)]
+    copies = () if all(each.flags.c_contiguous for each in (*outs, out)) else ("outs, lses or out",)
+    return [plan.merge(*step, out.shape, copies) for step in steps]
 
 
 def in_place(operands: Operands) -> Operands:
@@ -149,7 +150,8 @@ def in_place(operands: Operands) -> Operands:
     names = copied(operands)
     if not names:
         return operands
-    refuse_in_capture(" and ".join(names), True)
+    remedy = "pass contiguous rows that start on multiples of 16 bytes, and int32 or int64 lengths"
+    refuse_in_capture(" and ".join(names), remedy, True)
     copy = dict.fromkeys(("q", "k", "v"), padded) | dict.fromkeys(_PER_BATCH_NAMES, words)
     return replace(operands, **{name: copy[name](getattr(operands, name)) for name in names})
 
@@ -162,12 +164,11 @@ def copied(operands: Operands) -> tuple[str, ...]:
     return (*names, *narrow)
 
 
-def refuse_in_capture(what: str, copies: bool) -> None:
+def refuse_in_capture(what: str, remedy: str, copies: bool) -> None:
     """A copy's memory goes back to the pool with the call, but a graph would write to it again."""
     if copies and capturing():
         raise RuntimeError(
-            f"{what} must be copied first, which a captured CUDA graph cannot do: pass contiguous "
-            "rows that start on multiples of 16 bytes, and lengths in int32 or int64"
+            f"{what} must be copied first, which a captured CUDA graph cannot do: {remedy}"
         )
 
 

@@ -252,7 +252,7 @@ def plan(
 PARTS = 64  # that one launch merges
 
 
-def merge(dtype: str, output: str, shape: tuple[int, ...]) -> Plan:
+def merge(dtype: str, output: str, shape: tuple[int, ...], copies: tuple[str, ...] = ()) -> Plan:
     """Plan the merging of partial results of `shape`."""
     elements = math.prod(shape)
     constants = (("Element", dtype), ("Output", output), ("kParts", PARTS))
@@ -264,6 +264,7 @@ def merge(dtype: str, output: str, shape: tuple[int, ...]) -> Plan:
         bytes=elements * (BYTES[dtype] + BYTES[output]),
         operations=4 * elements,
         why="a thread an element, the parts one after another",
+        copies=copies,
     )
 
 

@@ -36,7 +36,9 @@ def find(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Key | None, 
     if cupy is None or not type(q) is type(k) is type(v) is cupy.ndarray:
         return None, None
     where = cupy.cuda.runtime.getDevice(), os.environ.get("CUFLASH_ARCH")
-    key = (*where, *options, *map(type, options), *_array(q), *_array(k), *_array(v))
+    sides = options[2] if type(options[2]) is tuple else ()  # of the window; True is no 1
+    types = (*map(type, options), *map(type, sides))
+    key = (*where, *options, *types, *_array(q), *_array(k), *_array(v))
     try:
         return key, _known.get(key)
     except TypeError:  # an array among the options

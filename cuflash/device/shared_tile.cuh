@@ -13,13 +13,6 @@ __device__ __forceinline__ void copy_async_16(uint32 to, const void* from, int v
 #endif
 }
 
-// Closes the group of the copies that this thread has issued since the last call.
-__device__ __forceinline__ void copy_async_commit() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
 // Waits for all of this thread's copies; other threads see them after the next __syncthreads().
 __device__ __forceinline__ void copy_async_wait() {
 #if __CUDA_ARCH__ >= 800

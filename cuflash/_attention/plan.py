@@ -172,7 +172,7 @@ def _engine(problem: Problem, gpu: Gpu) -> tuple[Engine, str]:
     if dtype == "float64":
         if arch in _DMMA_ARCHS:
             return _DMMA, "float64 on its tensor cores"
-        return _SIMT_DOUBLE, "float64 on the FMA units, its only ones here"
+        return _SIMT_DOUBLE, "float64 on the FMA units: no tensor cores for it"
     if problem.precision == "tf32" and arch >= 80:
         return _TF32, "precision='tf32'"
     if arch in _TF32_ARCHS:
@@ -182,12 +182,11 @@ def _engine(problem: Problem, gpu: Gpu) -> tuple[Engine, str]:
 
 def head_dims(problem: Problem, tile: Tile) -> tuple[int, int]:
     """(kHeadDim, kHeadDimV): buckets, the second no larger than the first nor than tile.columns."""
-    sizes = [next(size for size in BUCKETS if size >= d) for d in problem_dims(problem)]
-    return max(sizes), min(sizes[1], tile.columns)
-
-
-def problem_dims(problem: Problem) -> tuple[int, int]:
-    return problem.head_dim, problem.head_dim_v
+    d, d_v = (
+        next(size for size in BUCKETS if size >= dim)
+        for dim in (problem.head_dim, problem.head_dim_v)
+    )
+    return max(d, d_v), min(d_v, tile.columns)
 
 
 def _tile(engine: Engine, problem: Problem, gpu: Gpu) -> Tile:
@@ -195,11 +194,9 @@ def _tile(engine: Engine, problem: Problem, gpu: Gpu) -> Tile:
     widest = max(problem.head_dim, problem.head_dim_v)
     reserved = gpu.shared_memory_per_multiprocessor - gpu.shared_memory_per_block  # of each block's
     for head_dim, tile in engine.tiles:
-        block = shared_memory(engine, problem, tile)
-        together = tile.blocks * (block + reserved)
         serves = widest <= head_dim and tile.since <= gpu.arch
-        fits = block <= gpu.shared_memory_per_block
-        if serves and fits and together <= gpu.shared_memory_per_multiprocessor:
+        together = tile.blocks * (shared_memory(engine, problem, tile) + reserved)
+        if serves and together <= gpu.shared_memory_per_multiprocessor:
             return tile
     raise RuntimeError(f"no tile of {engine.file} serves head dim {widest} on {gpu.name}")
 
@@ -218,10 +215,11 @@ def plan(
     d, d_v = head_dims(problem, tile)
     slices = -(-problem.head_dim_v // d_v)
     tiles = -(-problem.len_q // tile.queries)
-    blocks = tiles * slices * pairs_of_heads(problem)
+    pairs = pairs_of_heads(problem)
+    blocks = tiles * slices * pairs
     if blocks >= 2**31:
         raise ValueError(
-            f"`q` has {problem.len_q} rows in each of {pairs_of_heads(problem)} heads, over all "
+            f"`q` has {problem.len_q} rows in each of {pairs} heads, over all "
             f"batches: {blocks} thread blocks, where fewer than 2**31 can be launched"
         )
     constants: dict[str, bool | int | str] = {
@@ -243,7 +241,7 @@ def plan(
         threads=32 * tile.warps,
         shared_memory=shared_memory(engine, problem, tile),
         bytes=traffic(problem, output),
-        operations=2 * sum(problem_dims(problem)) * visible(problem) * pairs_of_heads(problem),
+        operations=2 * (problem.head_dim + problem.head_dim_v) * visible(problem) * pairs,
         why=why,
         copies=copies,
     )

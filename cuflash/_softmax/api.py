@@ -236,7 +236,7 @@ def prepare(
     shape = native["x"].shape
     dtype = check.working_dtype(native["x"])
     axes = check.axes("`x`", axis, len(shape))
-    result = check.outputs(("out",), native, shape, dtype, may_be="x")
+    result = check.outputs(("out",), native, shape, dtype, may_be=("x",))
     problem = Problem(function, dtype, result, shape or (1,), axes)
     return caller, problem, Operands(x=native["x"], out=_with_axes(native["out"], ())), shape
 
@@ -325,6 +325,14 @@ def _call(
     return _give(caller, given[0], operands.out, shape)
 
 
+# What callers call the operands, where it is not the operands' own name.
+_CALLED = {
+    "logsumexp": {"x": "a", "weights": "b", "sign": "out[1]"},
+    "softmax_backward": {"x": "dy", "weights": "y"},
+    "log_softmax_backward": {"x": "dy", "weights": "y"},
+}
+
+
 def _plans(
     caller: arrays.Caller, problem: Problem, operands: Operands, shape: tuple[int, ...]
 ) -> tuple[int, list[Plan]]:
@@ -336,7 +344,7 @@ def _plans(
     with caller:
         converted = complete(caller, problem, operands)
         plans = gpu.plans(problem, operands)
-    called = {"x": "a", "weights": "b", "sign": "out[1]"} if problem.reduces else {}
+    called = _CALLED.get(problem.function, {})
     return caller.device, [
         dataclasses.replace(
             plan, copies=tuple(called.get(name, name) for name in converted + plan.copies)

@@ -82,7 +82,7 @@ def outputs(
     native: dict[str, Any],
     shape: tuple[int, ...],
     dtype: str,
-    may_be: str | None = None,
+    may_be: tuple[str, ...] = (),
 ) -> str:
     """Check the outputs that were given; return the dtype of all outputs.
 
@@ -94,8 +94,8 @@ def outputs(
         All arrays of the call.
     shape, dtype
         Of the answer. A half may be stored as float32.
-    may_be : str, optional
-        The input that an output may be in every respect: each row of it is read before that row
+    may_be : tuple of str
+        The inputs that an output may be in every respect: each row of them is read before that row
         is written, by the threads that read it.
     """
     allowed = (dtype, "float32") if dtype in HALVES else (dtype,)
@@ -115,13 +115,13 @@ def outputs(
     return allowed[0]
 
 
-def _separate(name: str, native: dict[str, Any], may_be: str | None) -> None:
+def _separate(name: str, native: dict[str, Any], may_be: tuple[str, ...]) -> None:
     out = native[name]
     for other, array in native.items():
-        if other == name or array is None or (other == may_be and _is_same(out, array)):
+        if other == name or array is None or (other in may_be and _is_same(out, array)):
             continue
         if arrays.may_share_memory(out, array):
-            unless = " unless it is the same array" if other == may_be else ""
+            unless = " unless it is the same array" if other in may_be else ""
             raise ValueError(f"`{name}` must not overlap `{other}` in memory{unless}")
 
 

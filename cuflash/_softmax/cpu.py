@@ -20,7 +20,9 @@ TILE = 1024  # columns
 def forward(problem: Problem, operands: Operands) -> None:
     """Fill ``operands.out``, and ``operands.sign`` if there is one. No row may be empty."""
     with np.errstate(all="ignore"):
-        if problem.reduces:
+        if problem.function.endswith("_backward"):
+            _backward(problem, operands)
+        elif problem.reduces:
             _log_sum_exp(problem, operands)
         else:
             _normalize(problem, operands)
@@ -107,6 +109,25 @@ def finish_log(m: Array, top: Array, rest: Array) -> tuple[Array, Array]:
     dominant = np.abs(rest) < np.abs(top) / 2
     log = np.where(dominant, np.log(np.abs(top)) + np.log1p(rest / top), np.log(np.abs(total)))
     return m + log, np.sign(total)
+
+
+def _backward(problem: Problem, operands: Operands) -> None:
+    """dx = y (dy - sum dy y) of softmax, dx = dy - exp(y) sum dy of log_softmax."""
+    dy, y = _rows(operands.x, problem), _rows(operands.weights, problem)
+    of_log = problem.function == "log_softmax_backward"
+    total = _zero(dy)
+    for tile in _tiles(dy):
+        terms = _wide(dy[..., tile]) if of_log else _wide(dy[..., tile]) * _wide(y[..., tile])
+        total = total + terms.sum(axis=-1, keepdims=True)
+    dx = np.empty(dy.shape, operands.out.dtype)
+    for tile in _tiles(dy):
+        from_above, answers = _wide(dy[..., tile]), _wide(y[..., tile])
+        if of_log:
+            dx[..., tile] = from_above - np.exp(answers) * total
+        else:
+            dx[..., tile] = answers * (from_above - total)
+    out = _reduced_last(operands.out, problem)
+    out[...] = dx.reshape(out.shape)  # in one go, because out may be dy or y
 
 
 def _reduced_last(array: Array, problem: Problem) -> Array:

@@ -1,16 +1,15 @@
-"""``python -m bench attention`` and ``python -m bench softmax``: check, time, report."""
+"""``python -m bench attention``, ``softmax``, ``selection``, ``loss``: check, time, report."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from . import attention, report, softmax
+from . import attention, loss, report, selection, softmax
 from .contest import OURS, sweep
 from .environment import environment
 from .timing import Stopwatch
 
-ROOMS = {"attention": attention, "softmax": softmax}
-DTYPES = ("float16", "bfloat16", "float32", "float64")
+ROOMS = {"attention": attention, "softmax": softmax, "selection": selection, "loss": loss}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -18,14 +17,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     rooms = parser.add_subparsers(dest="room", required=True)
     for room, module in ROOMS.items():
         add = rooms.add_parser(room, help=module.__doc__).add_argument
-        add("--dtype", nargs="+", choices=DTYPES)
-        add("--n", nargs="+", type=int, help="lengths of the sequences or of the rows")
-        if module is attention:
-            add("--d", nargs="+", type=int, help="head dimensions")
-            add("--causal", nargs="+", choices=("yes", "no"))
-        else:
-            add("--call", nargs="+", choices=softmax.CEILINGS)
-            add("--rows", nargs="+", type=int)
+        module.arguments(add)
         add("--quick", action="store_true", help="a few cases of the sweep")
         add("--out", type=Path, metavar="DIR", help="write JSON, table and plot there")
         add("--plot-only", action="store_true", help="redraw table and plot from JSON")
@@ -45,6 +37,10 @@ def run(options: argparse.Namespace) -> int:
     module = ROOMS[options.room]
     chosen = module.cases(options)
     whole = chosen == module.cases(parse([options.room]))
+    free = stopwatch.free_memory()
+    for case in (case for case in chosen if case.memory > free):
+        print(f"left out: {case.labels()} wants {case.memory >> 20} MiB of {free >> 20} MiB")
+    chosen = [case for case in chosen if case.memory <= free]
     bandwidths = stopwatch.bandwidths()
     seconds = module.SECONDS if whole else min(module.SECONDS, 2.0 * len(chosen))
     measured = {

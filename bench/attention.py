@@ -2,6 +2,7 @@
 
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -10,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from . import peers
-from .contest import OURS, Entry, Piece, host_times
+from .contest import OURS, Entry, Piece, by_pieces, host_times
 from .timing import Contestant, Stopwatch
 
 UNIT, OVER = "TFLOP/s", "N"  # what is reported, and what it is drawn over
@@ -38,6 +39,11 @@ class Case:
         batch, heads, n, d = self.shape
         return 4 * batch * heads * n * n * d / (2 if self.causal else 1)
 
+    @property
+    def memory(self) -> int:
+        """Bytes of device memory: q, k, v, and everybody's answers."""
+        return 8 * math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
     def labels(self) -> dict[str, str | int]:
         causal = "yes" if self.causal else "no"
         return {"dtype": self.dtype, "d": self.head_dim, "N": self.length, "causal": causal}
@@ -45,7 +51,16 @@ class Case:
     def build(self, stopwatch: Stopwatch) -> Entry:
         q, k, v = (stopwatch.normal(self.shape, self.dtype) for _ in range(3))
         contestants = [ours(q, k, v, self.causal), *peers.attention(q, k, v, causal=self.causal)]
-        return Entry(contestants, pieces(q, k, v, self.causal), peers.matmul(stopwatch, self.dtype))
+        judge = by_pieces(pieces(q, k, v, self.causal))
+        return Entry(contestants, judge, peers.matmul(stopwatch, self.dtype))
+
+
+def arguments(add: Callable[..., Any]) -> None:
+    """Say which options the room takes besides everybody's."""
+    add("--dtype", nargs="+", choices=peers.DTYPES)
+    add("--n", nargs="+", type=int, help="lengths of the sequences")
+    add("--d", nargs="+", type=int, help="head dimensions")
+    add("--causal", nargs="+", choices=("yes", "no"))
 
 
 def cases(options: Namespace) -> list[Case]:

@@ -1,6 +1,6 @@
 """One case of a sweep: every contestant is checked, and those who are right are timed in turn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -18,13 +18,17 @@ LIMIT_OF_PEERS = 20.0
 # Part of the right answer: its index, its values in float64, and the error allowed in each.
 Piece = tuple[Any, np.ndarray, np.ndarray]
 
+# Judges a result: its largest error in units of what is allowed. Strictly, of our own: where a
+# peer may break a tie as it likes, cuflash says how.
+Judge = Callable[[Any, bool], float]
+
 
 @dataclass(frozen=True)
 class Entry:
     """A case made real on the GPU."""
 
     contestants: list[Contestant]
-    pieces: list[Piece]
+    judge: Judge
     ceiling: tuple[Contestant, float] | str  # who sets it and its work, or a measured bandwidth
 
 
@@ -49,11 +53,11 @@ def measure(
     """Check and time one case; return its part of the JSON file."""
     end = perf_counter() + seconds
     entry = case.build(stopwatch)
-    errors, left_out, ready = check(entry.contestants, entry.pieces, stopwatch)
+    errors, left_out, ready = check(entry.contestants, entry.judge, stopwatch)
     work = dict.fromkeys((c.name for c in ready), case.work)
     if not isinstance(entry.ceiling, str):
         product, work[CEILING] = entry.ceiling
-        ready += check([replace(product, name=CEILING)], [], stopwatch)[2]
+        ready += check([replace(product, name=CEILING)], unjudged, stopwatch)[2]
     taken = compare(ready, stopwatch.sample, seconds=end - perf_counter())
     times = {name: _summary(samples, work[name]) for name, samples in taken.items()}
     measured = times.pop(CEILING, {}).get("rate")
@@ -67,7 +71,7 @@ def measure(
 
 
 def check(
-    contestants: Sequence[Contestant], pieces: Sequence[Piece], stopwatch: Stopwatch
+    contestants: Sequence[Contestant], judge: Judge, stopwatch: Stopwatch
 ) -> tuple[dict[str, float], dict[str, str], list[Contestant]]:
     """Run everybody once: the errors, who is left out and why, and who is ready to be timed."""
     errors: dict[str, float] = {}
@@ -75,13 +79,16 @@ def check(
     ready = []
     for contestant in contestants:
         try:
-            error = error_of(contestant.view(stopwatch.warm(contestant)), pieces)
+            result = contestant.view(stopwatch.warm(contestant))
+            error = judge(result, contestant.name == OURS)
         except Exception as problem:  # a peer that cannot do this, here: no driver, no memory ...
             if contestant.name == OURS:
                 raise
             left_out[contestant.name] = f"{type(problem).__name__}: {problem}"[:160]
             peers.free_memory()
             continue
+        finally:
+            result = None  # the next contestant may need its memory
         errors[contestant.name] = error
         if error <= (1.0 if contestant.name == OURS else LIMIT_OF_PEERS):
             ready.append(contestant)
@@ -99,6 +106,15 @@ def error_of(result: Any, pieces: Sequence[Piece]) -> float:
     return float(np.nan_to_num(max(worst, default=0.0), nan=1e9, posinf=1e9))
 
 
+def by_pieces(pieces: Sequence[Piece]) -> Judge:
+    """Judge by the errors in parts of the answer."""
+    return lambda result, strictly: error_of(result, pieces)
+
+
+def unjudged(result: Any, strictly: bool) -> float:
+    return 0.0
+
+
 def _summary(samples: list[float], work: float) -> dict[str, float | int]:
     """Return the median and the quartiles in seconds, and the rate at the median."""
     low, middle, high = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
@@ -108,5 +124,5 @@ def _summary(samples: list[float], work: float) -> dict[str, float | int]:
 
 def host_times(contestants: Sequence[Contestant], stopwatch: Stopwatch) -> dict[str, float]:
     """Return the median host time in seconds of an eager call."""
-    ready = check(contestants, [], stopwatch)[2]
+    ready = check(contestants, unjudged, stopwatch)[2]
     return {contestant.name: stopwatch.host_time(contestant) for contestant in ready}

@@ -1,4 +1,4 @@
-"""Who else computes the same, each only where it is installed.
+"""Who else computes attention, and how other libraries are found, each only where it is installed.
 
 PyTorch and JAX look at the same memory as the CuPy arrays, through DLPack.
 """
@@ -6,7 +6,6 @@ PyTorch and JAX look at the same memory as the CuPy arrays, through DLPack.
 import importlib
 import math
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
@@ -18,6 +17,7 @@ from .timing import Contestant, Stopwatch
 # JAX would otherwise take most of the GPU's memory at its first touch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 MATMUL_SIZE = 8192
 
 
@@ -153,15 +153,3 @@ def _unfused(q: Any, k: Any, v: Any, causal: bool) -> Contestant:
         return softmax(scores, axis=-1) @ v
 
     return Contestant("CuPy unfused", call)
-
-
-def softmax(operation: str, x: Any, axis: int) -> list[Contestant]:
-    """Return the peers of softmax or logsumexp along one axis of a CuPy array."""
-    found: list[Contestant] = []
-    if torch := torch_with_gpu():
-        tensor, theirs = cache(lambda: as_torch(x)), getattr(torch, operation)
-        found.append(Contestant("torch", lambda: theirs(tensor(), axis)))
-    special: Callable | None = getattr(find("cupyx.scipy.special"), operation, None)
-    if special:
-        found.append(Contestant("CuPy", lambda: special(x, axis=axis)))
-    return found

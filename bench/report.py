@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from . import figures
 from .contest import OURS
 from .environment import CHECKOUT, slug
 
@@ -76,12 +77,12 @@ def save(run: dict, folder: Path | None) -> None:
 
 def redraw(room: str, folder: Path | None) -> int:
     """Draw the tables and the plots of a room from its JSON files; return how many there are."""
-    tables, figures = folder or TABLES, folder or FIGURES
+    tables, plots = folder or TABLES, folder or FIGURES
     found = sorted(folder.glob(f"{room}.json") if folder else RESULTS.glob(f"*/{room}.json"))
     runs = [json.loads(path.read_text()) for path in found]
     for run in runs:
-        figures.mkdir(parents=True, exist_ok=True)
-        plot(run, figures / f"{figure_name(run)}.svg")
+        plots.mkdir(parents=True, exist_ok=True)
+        figures.draw(run, plots / f"{figure_name(run)}.svg")
     if runs:
         tables.mkdir(parents=True, exist_ok=True)
         (tables / f"{room}.rst").write_text("\n".join(map(rst, runs)))
@@ -100,53 +101,3 @@ def rst(run: dict) -> str:
     lines += [f".. csv-table:: {title}", f"   :header: {header}", ""]
     lines += [*(f"   {row}" for row in rows), "", *(f"- {line}" for line in summary(run)), ""]
     return "\n".join(lines)
-
-
-def plot(run: dict, path: Path) -> None:
-    """Draw everybody's rate over the length, one panel for what else differs."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    # A fixed salt: the same numbers give the same file.
-    matplotlib.rcParams.update({"svg.hashsalt": "cuflash", "font.size": 8, "axes.titlesize": 7})
-    from matplotlib import pyplot
-
-    panels = _panels(run)
-    peers = dict.fromkeys(name for lines in panels.values() for name in lines)
-    colors = {name: f"C{i}" for i, name in enumerate(sorted(peers))}
-    colors |= {OURS: "black", "ceiling": "gray"}
-    wide = min(len(panels), 4 if len(panels) % 5 else 5)
-    high = -(-len(panels) // wide)
-    figure, axes = pyplot.subplots(
-        high, wide, squeeze=False, sharey=True, figsize=(1 + 2.4 * wide, 1 + 2 * high)
-    )
-    for panel, (title, lines) in zip(axes.flat, panels.items()):
-        for name, points in lines.items():
-            style = {"linestyle": "--"} if name == "ceiling" else {"marker": "."}
-            style |= {"linewidth": "2"} if name == OURS else {}
-            panel.plot(*zip(*sorted(points)), label=name, color=colors[name], **style)
-        panel.set(title=title, xscale="log", ylim=(0, None))
-    for panel in axes.flat[len(panels) :]:
-        panel.axis("off")
-    figure.supylabel(run["unit"])
-    figure.supxlabel(run["over"])
-    labels = {k: h for p in axes.flat for h, k in zip(*p.get_legend_handles_labels())}
-    figure.legend(labels.values(), labels, loc="outside upper center", ncols=6, frameon=False)
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-
-
-def _panels(run: dict) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Group the cases: panel -> contestant -> (length, rate); lone samples are for the table."""
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for case in run["cases"]:
-        labels = dict(case["case"])
-        length = labels.pop(run["over"])
-        words = [v if k in ("call", "dtype") else f"{k} {v}" for k, v in labels.items()]
-        lines = panels.setdefault(", ".join(words), {})
-        for name, time in [*case["times"].items(), ("ceiling", {"rate": case["ceiling"]})]:
-            if time["rate"]:
-                lines.setdefault(name, []).append((length, time["rate"] * SCALE))
-    full = {t: p for t, p in panels.items() if max(map(len, p.values()), default=0) > 2}
-    return full or panels

@@ -1,22 +1,31 @@
-"""Softmax (one read, one write) and logsumexp (one read) of rows of many lengths."""
+"""Softmax and its kin: each matrix read once, and where the answer is one, written once."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from functools import partial
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from . import peers
-from .contest import OURS, Entry, Piece, host_times
+from . import peers, row_peers, rows
+from .contest import OURS, Entry, Piece, by_pieces, host_times
+from .rows import OVER, UNIT, Matrix
 from .timing import Contestant, Stopwatch
 
-UNIT, OVER = "TB/s", "columns"  # what is reported, and what it is drawn over
-SECONDS = 40.0  # for the default sweep; least rounds and the start come on top
-ROWS, COLUMNS = (1, 10, 128, 4000, 65536), (63, 1000, 4000, 32000, 128000, 1_000_000)
-CEILINGS = {"softmax": "copy", "logsumexp": "read"}  # the operations, and what bounds them
-MOST_BYTES = 2 << 30
+__all__ = ["OVER", "SECONDS", "UNIT", "Case", "arguments", "cases", "host"]
+
+SECONDS = 120.0  # for the default sweep; least rounds and the start come on top
+# The matrices that a call reads and writes. One is bound by the speed of a read, more by a copy's.
+MATRICES = {
+    "softmax": 2,
+    "logsumexp": 1,
+    "softmax_backward": 3,
+    "log_softmax": 2,
+    "log_softmax_backward": 3,
+}
+SWEPT = ("softmax", "logsumexp", "softmax_backward")  # the others are sampled
+MOST_BYTES = 16 << 30  # a matrix; on a card that has less free, what fits
 
 
 @dataclass(frozen=True)
@@ -24,76 +33,100 @@ class Case:
     """One operation on one matrix along one axis."""
 
     operation: str
-    dtype: str
-    rows: int
-    columns: int
-    axis: int = 1
-
-    @property
-    def bytes(self) -> int:
-        return self.rows * self.columns * np.dtype(self.dtype).itemsize
+    matrix: Matrix
 
     @property
     def work(self) -> float:
-        shared = 1 if self.operation == "softmax" else (self.rows, self.columns)[self.axis]
-        return self.bytes + self.bytes / shared
+        """Bytes moved at least."""
+        results = self.matrix.bytes / self.matrix.length if self.operation == "logsumexp" else 0
+        return MATRICES[self.operation] * self.matrix.bytes + results
+
+    @property
+    def memory(self) -> int:
+        """Bytes of device memory that ours and PyTorch's answer take, with room to spare."""
+        return (MATRICES[self.operation] + 2) * self.matrix.bytes
 
     def labels(self) -> dict[str, str | int]:
-        kind: dict[str, str | int] = {"call": self.operation, "dtype": self.dtype}
-        return kind | {"rows": self.rows, "columns": self.columns, "axis": self.axis}
+        return {"call": self.operation, **self.matrix.labels()}
 
     def build(self, stopwatch: Stopwatch) -> Entry:
-        x = stopwatch.normal((self.rows, self.columns), self.dtype)
-        contestants = all_contestants(self.operation, x, self.axis)
-        return Entry(contestants, pieces(self.operation, x, self.axis), CEILINGS[self.operation])
+        arrays, axis = self.draw(stopwatch), self.matrix.axis
+        theirs = row_peers.softmax(self.operation, arrays, axis)
+        judge = by_pieces(pieces(self.operation, arrays, self.matrix))
+        ceiling = "read" if MATRICES[self.operation] == 1 else "copy"
+        return Entry([ours(self.operation, arrays, axis), *theirs], judge, ceiling)
+
+    def draw(self, stopwatch: Stopwatch) -> tuple[Any, ...]:
+        """Return x, or dy and y for a backward pass."""
+        x = self.matrix.draw(stopwatch)
+        if not self.operation.endswith("_backward"):
+            return (x,)
+        forward = function(self.operation.removesuffix("_backward"))
+        return self.matrix.draw(stopwatch), forward(x, axis=self.matrix.axis)
+
+
+def arguments(add: Callable[..., Any]) -> None:
+    rows.arguments(add, tuple(MATRICES))
 
 
 def cases(options: Namespace) -> list[Case]:
     """Return the cases asked for; by default float32 everywhere, and samples of the rest."""
-    rows = options.rows or ((10, 4000) if options.quick else ROWS)
-    columns = options.n or ((1000, 32000) if options.quick else COLUMNS)
-    shapes: list[tuple] = [*product(options.dtype or ("float32",), rows, columns)]
-    if not (options.rows or options.n or options.dtype or options.quick):
-        samples = ((4000, 1000), (4000, 32000), (10, 128000))
-        shapes += [(t, *s) for t in ("float16", "bfloat16", "float64") for s in samples]
-        shapes += [("float32", *s, 0) for s in ((4000, 1000), (32000, 4000), (128000, 10))]
-    found = [Case(call, *shape) for call in options.call or CEILINGS for shape in shapes]
-    return [case for case in found if case.bytes <= MOST_BYTES]
+    found = []
+    for call in options.call or (SWEPT if options.quick else MATRICES):
+        most = MOST_BYTES if MATRICES[call] < 3 else MOST_BYTES // 2
+        if rows.is_narrowed(options):
+            matrices = rows.matrices(options, most)
+        elif call in SWEPT:
+            matrices = rows.matrices(options, most) + rows.samples()
+        else:
+            matrices = rows.plain()
+        found += [Case(call, matrix) for matrix in matrices]
+    return found
 
 
-def all_contestants(operation: str, x: Any, axis: int) -> list[Contestant]:
+def function(name: str) -> Callable[..., Any]:
     import cuflash
 
-    function = getattr(cuflash, operation)
-    ours = Contestant(OURS, lambda: function(x, axis=axis))
-    return [ours, *peers.softmax(operation, x, axis)]
+    return getattr(cuflash, name)
+
+
+def ours(operation: str, arrays: tuple[Any, ...], axis: int) -> Contestant:
+    return Contestant(OURS, partial(function(operation), *arrays, axis=axis))
 
 
 def host(stopwatch: Stopwatch) -> dict[str, dict[str, float]]:
     """Time the host on an array so small that the GPU never holds it up."""
     x = stopwatch.normal((10, 1000), "float32")
-    return {f: host_times(all_contestants(f, x, 1), stopwatch) for f in CEILINGS}
+    calls = ("softmax", "logsumexp")
+    return {
+        f: host_times([ours(f, (x,), 1), *row_peers.softmax(f, (x,), 1)], stopwatch) for f in calls
+    }
 
 
-def pieces(operation: str, x: Any, axis: int) -> list[Piece]:
+def pieces(operation: str, arrays: tuple[Any, ...], matrix: Matrix) -> list[Piece]:
     """Return the first, the middle and the last row (or column, for axis 0)."""
-    count, found = x.shape[1 - axis], []
-    for number in sorted({0, count // 2, count - 1}):
-        place = (number,) if axis == 1 else (slice(None), number)
-        right, allowed = reference(operation, peers.to_host(x[place]), str(x.dtype))
+    found: list[Piece] = []
+    for number, place in matrix.places():
+        on_host = [peers.to_host(array[place]) for array in arrays]
+        right, allowed = reference(operation, on_host, matrix.dtype)
         found.append(((number,) if operation == "logsumexp" else place, right, allowed))
     return found
 
 
-def reference(operation: str, row: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def reference(operation: str, arrays: list[np.ndarray], dtype: str) -> tuple[Any, Any]:
     """Return the answer for one row in float64 and the error allowed in each element."""
-    # Rounding the result, and the float32 (float64) arithmetic before; tiny results flush to 0.
-    info = ml_dtypes.finfo(np.dtype(dtype))
-    inside = np.finfo(np.float64 if dtype == "float64" else np.float32).eps
-    relative = float(info.eps) / 2 + 32 * inside
-    lse = row.max() + np.log(np.exp(row - row.max()).sum())
-    if operation == "logsumexp":
-        return lse, relative * max(1.0, abs(lse))
-    right = np.exp(row - lse)
-    tiny = info.smallest_subnormal if dtype == "float16" else info.smallest_normal
-    return right, relative * right + float(tiny)
+    relative = rows.relative_error(dtype)
+    if operation == "softmax":
+        return rows.probabilities(*arrays, dtype)
+    if not operation.endswith("_backward"):
+        right = rows.log_sum_exp(arrays[0])
+        if operation == "log_softmax":
+            right = arrays[0] - right
+        return right, relative * np.maximum(1.0, np.abs(right))
+    dy, y = arrays
+    if operation == "softmax_backward":
+        right, size = y * (dy - (dy * y).sum()), y * (np.abs(dy) + np.abs(dy * y).sum())
+    else:
+        right = dy - np.exp(y) * dy.sum()
+        size = np.abs(dy) + np.exp(y) * np.abs(dy).sum()
+    return right, relative * size + rows.tiny(dtype)

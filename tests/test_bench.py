@@ -18,7 +18,8 @@ pytest.importorskip("ml_dtypes")
 def bench(monkeypatch):
     """The bench's modules; the checkout goes last, so that the installed cuflash is found first."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(CHECKOUT)])
-    names = ("attention", "softmax", "contest", "peers", "report", "timing", "__main__")
+    names = ("attention", "softmax", "selection", "loss", "rows", "row_peers")
+    names += ("contest", "peers", "report", "timing", "__main__")
     return SimpleNamespace(**{n: importlib.import_module(f"bench.{n}") for n in names})
 
 
@@ -29,6 +30,9 @@ class PretendedStopwatch:
 
     def normal(self, shape, dtype):
         return self.random.standard_normal(shape).astype(dtype)
+
+    def integers(self, high, count):
+        return self.random.integers(0, high, count)
 
     def warm(self, contestant):
         return contestant.call()
@@ -45,6 +49,49 @@ def plain_attention(q, k, v, causal):
     return (weights @ v / weights.sum(-1, keepdims=True)).astype(q.dtype)
 
 
+def plain_rows(name):
+    """Softmax and its kin in float64, rounded to the input's dtype."""
+
+    def softmax(x, axis):
+        weights = np.exp(x - x.max(axis, keepdims=True))
+        return weights / weights.sum(axis, keepdims=True)
+
+    functions = {
+        "softmax": softmax,
+        "log_softmax": lambda x, axis: np.log(softmax(x, axis)),
+        "logsumexp": lambda x, axis: np.log(np.exp(x - x.max()).sum(axis)) + x.max(),
+        "softmax_backward": lambda dy, y, axis: y * (dy - (dy * y).sum(axis, keepdims=True)),
+        "log_softmax_backward": lambda dy, y, axis: dy - np.exp(y) * dy.sum(axis, keepdims=True),
+    }
+
+    def call(*arrays, axis):
+        wide = functions[name](*(x.astype(np.float64) for x in arrays), axis)
+        return wide.astype(arrays[0].dtype)
+
+    return call
+
+
+def plain_selection(case, x):
+    axis = case.matrix.axis
+    p = plain_rows("softmax")(x.astype(np.float64), axis=axis)
+    order = np.argsort(-x.astype(np.float64), axis=axis, kind="stable")
+    if case.operation == "sample":
+        return order.take(0, axis=axis)  # of the likeliest token nobody can complain
+    indices = order.take(np.arange(case.k), axis=axis)
+    values = np.take_along_axis(p if case.operation == "softmax_topk" else x, indices, axis)
+    return values.astype(x.dtype), indices
+
+
+def plain_loss(case, x, targets):
+    wide = x.astype(np.float64)
+    likelihood = plain_rows("log_softmax")(wide, axis=1)
+    wanted = np.full_like(wide, case.smoothing / x.shape[1])
+    wanted[np.arange(len(x)), targets] += 1 - case.smoothing
+    if case.is_backward:
+        return ((np.exp(likelihood) - wanted) / len(x)).astype(x.dtype)
+    return -(wanted * likelihood).sum(1).mean()
+
+
 def pretended_run(bench, monkeypatch, room, *arguments, fault=0.0):
     """Sweep as the command does, with NumPy in everybody's place; ours errs by `fault`."""
     contestant = bench.timing.Contestant
@@ -59,16 +106,25 @@ def pretended_run(bench, monkeypatch, room, *arguments, fault=0.0):
     def ours(q, k, v, causal):
         return contestant("cuflash", lambda: plain_attention(q, k, v, causal) * (1 + fault))
 
-    def softmax(call, x, axis):
-        scipy = pytest.importorskip("scipy.special")
-        function = getattr(scipy, call)
-        return [contestant("cuflash", lambda: function(x, axis=axis) * (1 + fault))]
+    def function(name):
+        return lambda *arrays, axis: plain_rows(name)(*arrays, axis=axis) * (1 + fault)
+
+    def selected(case, x):
+        right = plain_selection(case, x)
+        if case.operation == "sample":  # a fault draws what does not exist
+            return contestant("cuflash", lambda: right if not fault else right + x.size)
+        return contestant("cuflash", lambda: (right[0] * (1 + fault), right[1]))
+
+    def loss(case, x, targets):
+        return contestant("cuflash", lambda: plain_loss(case, x, targets) * (1 + fault))
 
     monkeypatch.setattr(bench.peers, "attention", attention)
     monkeypatch.setattr(bench.peers, "free_memory", lambda: None)
     monkeypatch.setattr(bench.peers, "matmul", lambda *_: (contestant("matmul", int), 1e9))
     monkeypatch.setattr(bench.attention, "ours", ours)
-    monkeypatch.setattr(bench.softmax, "all_contestants", softmax)
+    monkeypatch.setattr(bench.softmax, "function", function)
+    monkeypatch.setattr(bench.selection, "ours", selected)
+    monkeypatch.setattr(bench.loss, "ours", loss)
     module, stopwatch = getattr(bench, room), PretendedStopwatch()
     cases = module.cases(bench.__main__.parse([room, *arguments]))
     bandwidths = {"copy": 3e12, "read": 3e12}
@@ -89,30 +145,37 @@ def pretended_run(bench, monkeypatch, room, *arguments, fault=0.0):
     }
 
 
-ATTENTION = ("attention", "--n", "33", "64", "128", "--d", "64", "128", "--dtype")
-SOFTMAX = ("softmax", "--rows", "3", "10", "--n", "1", "63", "1000", "--dtype")
+ROWS = ("--rows", "3", "10", "--n", "2", "63", "1000", "--dtype")
+COMMANDS = {  # and how many cases they are
+    "attention": (("--n", "33", "64", "128", "--d", "64", "128", "--dtype"), 12),
+    "softmax": (ROWS, 30),
+    "selection": (("--k", "1", "2", "10", *ROWS), 38),
+    "loss": (ROWS, 12),
+}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("command", [ATTENTION, SOFTMAX], ids=["attention", "softmax"])
-def test_sweep_judges_and_reports(bench, monkeypatch, tmp_path, capsys, command, dtype):
+@pytest.mark.parametrize("room", COMMANDS)
+def test_sweep_judges_and_reports(bench, monkeypatch, tmp_path, capsys, room, dtype):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
     monkeypatch.setattr(bench.attention, "TOKENS", 256)
-    run = pretended_run(bench, monkeypatch, *command, dtype)
-    assert len(run["cases"]) == 12
+    arguments, count = COMMANDS[room]
+    command = (room, *arguments, dtype)
+    run = pretended_run(bench, monkeypatch, *command)
+    assert len(run["cases"]) == count
     for case in run["cases"]:
         assert case["errors"]["cuflash"] <= 1
         assert case["times"]["cuflash"]["samples"] == 5
     bench.report.show(run)
-    assert ("left out: cuDNN" in capsys.readouterr().out) == (command is ATTENTION)
+    assert ("left out: cuDNN" in capsys.readouterr().out) == (room == "attention")
     bench.report.save(run, tmp_path)
     assert json.loads((tmp_path / f"{run['room']}.json").read_text()) == run
     drawn = [*tmp_path.glob("*.rst"), *tmp_path.glob("*.svg")]
     before = [path.read_bytes() for path in drawn]
     assert bench.report.redraw(run["room"], tmp_path) == 1
     assert [path.read_bytes() for path in drawn] == before
-    wrong = pretended_run(bench, monkeypatch, *command, dtype, fault=1e-3)
+    wrong = pretended_run(bench, monkeypatch, *command, fault=1e-3)
     assert all("cuflash" not in case["times"] for case in wrong["cases"])
     assert all("WRONG" in row for row in bench.report.table(wrong)[1:])
 
@@ -133,16 +196,76 @@ def test_default_sweeps(bench):
     assert len(attention) == 29
     assert attention[0].shape == (16, 32, 1024, 64)
     softmax = bench.softmax.cases(parse(["softmax"]))
-    assert max(case.bytes for case in softmax) == 4000 * 128000 * 4
-    for room in ("attention", "softmax"):
-        module = getattr(bench, room)
-        assert len(module.cases(parse([room, "--quick"]))) < len(module.cases(parse([room]))) / 4
+    assert max(case.matrix.bytes for case in softmax) == 4000 * 1_000_000 * 4
+    selection = bench.selection.cases(parse(["selection"]))
+    swept = {c.k for c in selection if c.operation == "softmax_topk" and c.matrix.rows == 65536}
+    assert swept == {1, 5, 10, 15, 30, 50, 256}
+    for room in COMMANDS:
+        cases = getattr(bench, room).cases(parse([room]))
+        assert len(getattr(bench, room).cases(parse([room, "--quick"]))) < len(cases) / 4
+        assert len({tuple(case.labels().items()) for case in cases}) == len(cases)
+        assert len({tuple(case.labels()) for case in cases}) == 1  # one header for the table
+        assert max(case.memory for case in cases) < 70e9  # a card of 80 GB runs them all
+
+
+def top_judge(bench, order="random", **options):
+    matrix = bench.rows.Matrix("float32", 3, 100, order=order)
+    case = bench.selection.Case("softmax_topk", matrix, k=5)
+    x = matrix.draw(PretendedStopwatch())
+    return bench.selection.judge_top(case, x), *plain_selection(case, x)
+
+
+def test_top_k_is_judged_by_its_indices(bench):
+    judge, values, indices = top_judge(bench)
+    assert judge((values, indices), True) <= 1
+    assert judge((values, indices[:, ::-1]), False) > 1  # the right ones in the wrong order
+    assert judge((values, indices + 100), False) > 1
+    assert judge((values, indices[:, [0, 1, 2, 3, 3]]), False) > 1
+
+
+def test_equals_are_the_peers_choice_but_not_ours(bench):
+    judge, values, indices = top_judge(bench, "constant")
+    assert (indices == np.arange(5)).all()
+    assert judge((values, indices), True) <= 1
+    assert judge((values, indices + 7), False) <= 1
+    assert judge((values, indices + 7), True) > 1
+
+
+def test_tokens_are_judged(bench):
+    matrix = bench.rows.Matrix("float32", 3, 100)
+    x = matrix.draw(PretendedStopwatch())
+    case = bench.selection.Case("sample", matrix, k=10)
+    tokens = np.argsort(-x, axis=1)[:, 9]
+    judge = bench.selection.judge_sample(case, x, lambda: tokens)
+    assert judge(tokens, True) == 0
+    assert judge(np.argsort(-x, axis=1)[:, 10], False) > 1  # outside of the 10 largest
+    assert judge(np.argsort(-x, axis=1)[:, 0], True) > 1  # not what comes again
+    assert judge(tokens[:2], False) > 1
+    nucleus = bench.selection.admitted(np.log([0.5, 0.3, 0.15, 0.05]), None, 0.7)
+    assert nucleus.tolist() == [True, True, False, False]
+
+
+def test_large_arrays_repeat_their_numbers(bench, monkeypatch):
+    monkeypatch.setattr(bench.timing, "DRAWN", 7)
+    stopwatch = object.__new__(bench.timing.Stopwatch)
+    stopwatch._cupy, stopwatch._random = np, np.random.default_rng(0)
+    x = stopwatch.normal((4, 5), "float32")
+    assert (x.shape, x.dtype) == ((4, 5), np.float32)
+    assert (x.ravel()[:13] == x.ravel()[7:]).all()
+    assert stopwatch.normal((7,), "float64").dtype == np.float64
+
+
+def test_slow_contestants_sit_out(bench):
+    contestants = [bench.timing.Contestant(name, int) for name in ("slow", "fast")]
+    sample = {"slow": 0.1, "fast": 1e-3}
+    taken = bench.timing.compare(contestants, lambda c: sample[c.name], seconds=0.0)
+    assert {name: len(samples) for name, samples in taken.items()} == {"slow": 3, "fast": 5}
 
 
 def test_contestants_take_turns_until_the_time_is_up(bench):
     contestants = [bench.timing.Contestant(name, int) for name in "abc"]
     asked = []
-    taken = bench.timing.compare(contestants, lambda c: asked.append(c.name) or 1.0, seconds=0.0)
+    taken = bench.timing.compare(contestants, lambda c: asked.append(c.name) or 1e-3, seconds=0.0)
     assert [len(samples) for samples in taken.values()] == [5, 5, 5]
     assert all(sorted(asked[i : i + 3]) == ["a", "b", "c"] for i in range(0, 15, 3))
 

@@ -1,0 +1,117 @@
+"""One run's numbers as a plot."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .contest import CEILING, OURS
+
+Point = tuple[int, float]
+SCALE = 1e-12  # operations and bytes a second are shown as TFLOP/s and TB/s
+
+
+def draw(run: dict, path: Path) -> None:
+    """Draw a run: rates of everybody, or for what memory bounds, shares of its speed."""
+    (shares if run["unit"] == "TB/s" else rates)(run, path)
+
+
+def rates(run: dict, path: Path) -> None:
+    """Draw everybody's rate over the length, one panel for what else differs."""
+    panels = _rates(run)
+    peers = dict.fromkeys(name for lines in panels.values() for name in lines)
+    colors = {name: f"C{i}" for i, name in enumerate(sorted(peers))}
+    colors |= {OURS: "black", CEILING: "gray"}
+    figure, axes = grid(len(panels), 4 if len(panels) % 5 else 5)
+    for panel, (title, lines) in zip(axes, panels.items()):
+        for name, points in lines.items():
+            style = {"linestyle": "--"} if name == CEILING else {"marker": "."}
+            style |= {"linewidth": "2"} if name == OURS else {}
+            panel.plot(*zip(*sorted(points)), label=name, color=colors[name], **style)
+        panel.set(title=title, xscale="log", ylim=(0, None))
+    finish(figure, axes, path, run["over"], run["unit"])
+
+
+def _rates(run: dict) -> dict[str, dict[str, list[Point]]]:
+    """Group the cases: panel -> contestant -> (length, rate); lone samples are for the table."""
+    panels: dict[str, dict[str, list[Point]]] = {}
+    for case in run["cases"]:
+        labels = dict(case["case"])
+        length = labels.pop(run["over"])
+        words = [v if k in ("call", "dtype") else f"{k} {v}" for k, v in labels.items()]
+        lines = panels.setdefault(", ".join(words), {})
+        for name, time in [*case["times"].items(), (CEILING, {"rate": case["ceiling"]})]:
+            if time["rate"]:
+                lines.setdefault(name, []).append((length, time["rate"] * SCALE))
+    full = {t: p for t, p in panels.items() if max(map(len, p.values()), default=0) > 2}
+    return full or panels
+
+
+def shares(run: dict, path: Path) -> None:
+    """Draw the share of the ceiling over the columns: a panel a call, a line a number of rows."""
+    panels = _shares(run)
+    counts = sorted({count for lines in panels.values() for count, _ in lines})
+    colors = {count: f"C{i}" for i, count in enumerate(counts)}
+    figure, axes = grid(len(panels), 3 if len(panels) == 3 else 4)
+    for panel, (title, lines) in zip(axes, panels.items()):
+        # Ours first, so that the legend names the peers last.
+        for (count, name), points in sorted(lines.items(), key=lambda line: line[0][::-1]):
+            style = {"marker": ".", "label": f"{count:,} row{'s' * (count > 1)}"}
+            if name != OURS:
+                style = {"linestyle": ":", "label": "the fastest peer"}
+            panel.plot(*zip(*sorted(points)), color=colors[count], **style)
+        panel.axhline(1, color="gray", linewidth=0.5)
+        panel.set(title=title, xscale="log", ylim=(0, 1.1))
+    finish(figure, axes, path, run["over"], "share of the ceiling")
+
+
+def _shares(run: dict) -> dict[str, dict[tuple[int, str], list[Point]]]:
+    """Group the cases: panel -> (rows, ours or a peer's) -> (columns, share of the ceiling).
+
+    Only what is swept is drawn: samples of dtypes, of axis 0 and of options are for the table.
+    """
+    panels: dict[str, dict[tuple[int, str], list[Point]]] = {}
+    for case in run["cases"]:
+        labels = case["case"]
+        if labels["dtype"] != run["cases"][0]["case"]["dtype"] or labels["axis"] != 1:
+            continue
+        lines = panels.setdefault(" ".join((labels["call"], labels.get("options", ""))), {})
+        rates = {name: time["rate"] for name, time in case["times"].items()}
+        peers = [rate for name, rate in rates.items() if name != OURS]
+        for name, rate in (OURS, rates.get(OURS)), ("peer", max(peers, default=None)):
+            if rate:
+                points = lines.setdefault((labels["rows"], name), [])
+                points.append((labels[run["over"]], rate / case["ceiling"]))
+    full = {t: p for t, p in panels.items() if max(map(len, p.values()), default=0) > 2}
+    return full or panels
+
+
+def grid(panels: int, most: int) -> tuple[Any, list[Any]]:
+    """Return a figure and that many panels, at most so many side by side."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # A fixed salt: the same numbers give the same file.
+    matplotlib.rcParams.update({"svg.hashsalt": "cuflash", "font.size": 8, "axes.titlesize": 7})
+    from matplotlib import pyplot
+
+    wide = min(panels, most)
+    high = -(-panels // wide)
+    size = (1 + 2.4 * wide, 1 + 2 * high)
+    figure, axes = pyplot.subplots(high, wide, squeeze=False, sharey=True, figsize=size)
+    for panel in axes.flat[panels:]:
+        panel.axis("off")
+    return figure, list(axes.flat[:panels])
+
+
+def finish(figure: Any, axes: Iterable[Any], path: Path, below: str, beside: str) -> None:
+    """Add the axes' names and one legend for all panels, and write the file."""
+    from matplotlib import pyplot
+
+    figure.supylabel(beside)
+    figure.supxlabel(below)
+    labels = {k: h for p in axes for h, k in zip(*p.get_legend_handles_labels())}
+    place = {"loc": "outside upper center", "ncols": min(6, round(figure.get_figwidth() / 1.4))}
+    figure.legend(labels.values(), labels, frameon=False, **place)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)

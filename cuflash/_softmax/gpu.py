@@ -1,4 +1,4 @@
-"""The host side of the kernels: complete operands in, one launch."""
+"""The host side of the kernels: complete operands in, one launch or two."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ PARAMS = np.dtype(
         ("weights", np.uint64),
         ("out", np.uint64),
         ("sign", np.uint64),
+        ("states", np.uint64),
+        ("splits", np.int64),
+        ("slice", np.int64),
         ("rows", np.int64),
         ("columns", np.int64),
         ("outer", *_SIZES),
@@ -38,7 +41,12 @@ def forward(problem: Problem, operands: Operands) -> None:
     """Fill ``operands.out``, and ``operands.sign`` if there is one, on CuPy's current stream."""
     fitting, placed, copies = fit(problem, operands)
     chosen = plan.choose(problem, placed, gpu.current(), copies)
-    launch.launch(chosen, pack(placed, fitting))
+    params = pack(placed, fitting, chosen)
+    workspace = launch.workspace(chosen.workspace)
+    if workspace is not None:
+        params["states"] = address(workspace)
+    for each in chosen.plans:
+        launch.launch(each, params)
     if fitting.out is not operands.out:
         operands.out[...] = fitting.out
     if fitting.sign is not operands.sign:
@@ -48,7 +56,7 @@ def forward(problem: Problem, operands: Operands) -> None:
 def plans(problem: Problem, operands: Operands) -> list[launch.Plan]:
     """The launches of `forward`, without launching."""
     _, placed, copies = fit(problem, operands)
-    return [plan.choose(problem, placed, gpu.current(), copies)]
+    return list(plan.choose(problem, placed, gpu.current(), copies).plans)
 
 
 def fit(problem: Problem, operands: Operands) -> tuple[Operands, Layout, tuple[str, ...]]:
@@ -64,12 +72,13 @@ def fit(problem: Problem, operands: Operands) -> tuple[Operands, Layout, tuple[s
     return copied, layout.of(problem, copied), tuple(_named(copied))
 
 
-def pack(placed: Layout, operands: Operands) -> np.ndarray[Any, Any]:
-    """The argument of the kernels."""
+def pack(placed: Layout, operands: Operands, chosen: plan.Launches) -> np.ndarray[Any, Any]:
+    """The argument of the kernels, but for the workspace."""
     params = np.zeros(1, PARAMS)
     for name, array in _named(operands).items():
         params[name] = address(array)
     params["rows"], params["columns"] = placed.rows, placed.columns
+    params["splits"], params["slice"] = chosen.splits, chosen.slice
     params["outer"], params["reduced"] = _padded(placed.outer), _padded(placed.reduced)
     placements: dict[str, Placement | None] = {
         "x": placed.x,

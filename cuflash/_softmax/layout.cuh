@@ -15,16 +15,18 @@ struct Strides {
 
 struct Params {
   const Element* x;        // [outer..., reduced...]
-  const Element* weights;  // [outer..., reduced...]; kWeighted
-  Result* out;             // [outer..., reduced...], or [outer...] with kReduces
-  Result* sign;            // [outer...]; kSigned
+  const Element* weights;  // [outer..., reduced...], the second operand; kBeside
+  Result* out;             // [outer..., reduced...], or [outer...] of operations that reduce
+  Result* sign;            // [outer...], the second result; kSigned
+  void* states;            // [rows, splits], the operation's states between two launches; kPartial, kFinish
+  int64 splits, slice;     // parts of a row, and columns of each; all columns where a row is not split
   int64 rows;              // the product of the outer sizes
   int64 columns;           // the product of the reduced sizes
   int64 outer[kMaxAxes];   // sizes
   int64 reduced[kMaxAxes];
   Strides x_strides, weights_strides, out_strides, sign_strides;
 };
-static_assert(sizeof(Params) == 368, "the host packs as many bytes");
+static_assert(sizeof(Params) == 392, "the host packs as many bytes");
 
 // The offset of element `index` of axes that are numbered through. Index is 32 bits wide where that is enough: divisions
 // are what odd layouts cost.
@@ -41,20 +43,38 @@ __device__ __forceinline__ int64 offset(Index index, const int64 (&sizes)[kMaxAx
   return sum + int64(index) * strides[0];
 }
 
-template <int N> __device__ __forceinline__ void load(const Element* from, Score* to) {
-  const Vector<Element, N> vector = *reinterpret_cast<const Vector<Element, N>*>(from);
-#pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = widen(vector.at[i]);
+__device__ __forceinline__ int64 row_offset(const Params& params, int64 row, const Strides& strides) {
+  return offset<kOuterAxes>(Index(row), params.outer, strides.outer);
 }
 
-template <int N> __device__ __forceinline__ void fill(Score value, Score* to) {
+// One load of a vector, of which there are the elements whose bits are set: all or none of them unless it is kRagged.
+template <int N, bool kRagged = false>
+__device__ __forceinline__ void load(const Element* from, uint32 present, Vector<Element, N>& to) {
+  if constexpr (kRagged) {
+    if (present != (1u << N) - 1) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = value;
+      for (int i = 0; i < N; ++i) {
+        if (present >> i & 1) to.at[i] = from[i];
+      }
+      return;
+    }
+  }
+  if (present) to = *reinterpret_cast<const Vector<Element, N>*>(from);
 }
 
-template <int N> __device__ __forceinline__ void store(const Score* from, Result* to) {
+template <int N, bool kRagged = false>
+__device__ __forceinline__ void store(const Score* from, uint32 present, Result* to) {
   Vector<Result, N> vector;
 #pragma unroll
   for (int i = 0; i < N; ++i) vector.at[i] = narrow<Result>(from[i]);
-  *reinterpret_cast<Vector<Result, N>*>(to) = vector;
+  if constexpr (kRagged) {
+    if (present != (1u << N) - 1) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (present >> i & 1) to[i] = vector.at[i];
+      }
+      return;
+    }
+  }
+  if (present) *reinterpret_cast<Vector<Result, N>*>(to) = vector;
 }

@@ -18,7 +18,12 @@ class Placement:
     outer: tuple[int, ...]
     reduced: tuple[int, ...]
     itemsize: int
-    alignment: int  # of its address: the power of two that divides it, in bytes, at most 16
+    phase: int  # its address modulo 16
+
+    @property
+    def alignment(self) -> int:
+        """The power of two that divides the address, in bytes, at most 16."""
+        return math.gcd(self.phase, 16)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def of(problem: Problem, operands: Operands) -> Layout:
     outer, outer_strides = fold(problem.shape, strides, problem.kept)
     reduced, reduced_strides = fold(problem.shape, strides, problem.axes)
     placements = {
-        name: Placement(tuple(across), tuple(along), array.itemsize, math.gcd(address(array), 16))
+        name: Placement(tuple(across), tuple(along), array.itemsize, address(array) % 16)
         for (name, array), across, along in zip(arrays.items(), outer_strides, reduced_strides)
     }
     return Layout(outer, reduced, **placements)

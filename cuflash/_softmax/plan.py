@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -13,17 +14,28 @@ from .problem import Problem
 
 WARP = 32
 LEAST_THREADS = 128  # a block
-LONG = 1024  # columns: a row that is worth reading beside its neighbours, however few
+MOST_THREADS = 512  # a block: two of them fill a multiprocessor at 64 registers a thread
+TILE_REGISTERS = 32  # in which a thread holds its part of a row, or of a tile of it
+COLUMNS_REGISTERS, COLUMNS_LOADS = 24, 16
+STREAM_REGISTERS, STREAM_LOADS = 16, 8  # the same where a row is not held: loads in flight
 SECTOR = 32  # bytes: the least that device memory delivers
+LINE = 128  # bytes: what a warp's loads are best at
+LONG = 1024  # columns: a row that is worth reading beside its neighbours, however few
+RAGGED = 256  # columns: below, single elements are as fast as vectors with a head and a tail
+LEAST_PART = 8192  # bytes of a row: less is not worth another block
+MOST_CLUSTER = 8  # blocks, on every GPU that has clusters
+MOST_SPLITS = 512  # parts of a row, whose states every warp of the second launch reads
+STATIC_SHARED = {"rows": 1024, "columns": 7168}  # bytes of states, beside what is kept
 
-# Threads of a row at most, and the 32-bit registers in which each holds its part of it. A thread
-# has 64 at 1024 threads a block and 128 at 512; what is left over must do for the arithmetic. The
-# columns kernel also holds an address for each load, so that single elements must be fewer.
-WARP_REGISTERS = 32
-BLOCK_THREADS, BLOCK_REGISTERS = 1024, 16
-COLUMNS_THREADS, COLUMNS_REGISTERS, COLUMNS_LOADS = 512, 24, 16
-# Of a row that is not held, a thread has this much at a time: loads in flight, and their registers.
-STREAM_THREADS, STREAM_REGISTERS, STREAM_LOADS = 512, 16, 8
+# Operation of a function, and numbers in the state of a row.
+OPERATIONS = {
+    "softmax": ("Softmax", 2),
+    "log_softmax": ("LogSoftmax", 2),
+    "logsumexp": ("LogSumExp", 3),
+    "cross_entropy": ("CrossEntropy", 4),
+    "softmax_backward": ("SoftmaxBackward", 1),
+    "log_softmax_backward": ("LogSoftmaxBackward", 1),
+}
 
 
 @dataclass(frozen=True)
@@ -31,18 +43,33 @@ class Sharing:
     """How a kernel's threads share the rows: its constants, but for what the problem says."""
 
     kernel: str
-    blocks: int
-    threads: int
+    units: int  # blocks, or clusters, that take the rows once
+    threads: int  # a block
     beside: tuple[str, int]  # the constant that says how threads lie, kThreadsPerRow or kLanes
     vector: int
     vectors: int
-    held: bool
     why: str
+    ragged: bool = False
+    held: bool = False
+    cluster: int = 1
+    kept: int = 0  # tiles in shared memory
+    splits: int = 1
+    slice: int = 0  # columns of a part
+
+
+@dataclass(frozen=True)
+class Launches:
+    """The plans of a call, in order, and what they share."""
+
+    plans: tuple[Plan, ...]
+    splits: int  # parts of a row
+    slice: int  # columns of a part
+    workspace: int  # bytes for the parts' states
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, layout: Layout, gpu: Gpu, copies: tuple[str, ...] = ()) -> Plan:
-    """Plan the one launch of a call.
+def choose(problem: Problem, layout: Layout, gpu: Gpu, copies: tuple[str, ...] = ()) -> Launches:
+    """Plan a call: one launch, or two where rows are split among blocks that share no memory.
 
     Parameters
     ----------
@@ -54,26 +81,17 @@ def choose(problem: Problem, layout: Layout, gpu: Gpu, copies: tuple[str, ...] =
         The arguments that had to be copied for that.
     """
     across = lies_across(problem, layout)
-    sharing = _columns(problem, layout, gpu) if across else _rows(problem, layout)
-    if problem.reduces:
-        reads, how = 1, "one read"
-    elif sharing.held:
-        reads, how = 1, "held in registers"
-    else:
-        reads, how = 2, "too long for a block's registers: two reads"
-    elements = problem.rows * problem.columns
-    written = problem.rows * (1 + problem.signed) if problem.reduces else elements
-    return Plan(
-        kernel=_kernel(problem, layout, sharing),
-        grid=(sharing.blocks, 1, 1),
-        threads=sharing.threads,
-        shared_memory=0,
-        bytes=elements * layout.x.itemsize * (reads + problem.weighted)
-        + written * layout.out.itemsize,
-        # Maximum, subtraction, exponential, sum, and what makes it an answer.
-        operations=elements * (4 if problem.reduces else 5),
-        why=f"{sharing.why}, {how}; {sharing.vector * layout.x.itemsize} bytes a load",
-        copies=copies,
+    sharing = _columns(problem, layout, gpu) if across else _rows(problem, layout, gpu)
+    first = _plan(problem, layout, sharing, copies, partial=sharing.splits > 1)
+    if sharing.splits == 1:
+        return Launches((first,), 1, problem.columns, 0)
+    second = _parts if problem.reduces else functools.partial(_plan, copies=(), finish=True)
+    state = OPERATIONS[problem.function][1] * 4 * words(problem)
+    return Launches(
+        (first, second(problem, layout, sharing)),
+        sharing.splits,
+        sharing.slice,
+        problem.rows * sharing.splits * state,
     )
 
 
@@ -85,68 +103,254 @@ def lies_across(problem: Problem, layout: Layout) -> bool:
     return 0 < across < along and (fills_sectors or problem.columns > LONG)
 
 
-def _rows(problem: Problem, layout: Layout) -> Sharing:
-    """A group of threads, a warp or less, for each short row; a block for each long one."""
-    columns = problem.columns
+def _rows(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
+    """A warp or less, a block, a cluster or several blocks for each row."""
     vector = _vector(problem, layout, layout.reduced[-1], along_rows=True)
-    loads = -(-columns // vector)
-    held = not problem.reduces
-    if columns * _words(problem) <= WARP * WARP_REGISTERS:
-        threads = LEAST_THREADS
-        per_row = min(WARP, _power_of_two(loads))
-        vectors = _power_of_two(-(-loads // per_row))
-        why = f"{per_row} thread{'s' if per_row > 1 else ''} a row"
-    else:
-        vectors = max(1, BLOCK_REGISTERS // (vector * _words(problem)))
-        most = BLOCK_THREADS if held else STREAM_THREADS
-        threads = per_row = min(most, max(LEAST_THREADS, _power_of_two(-(-loads // vectors))))
-        held = held and loads <= per_row * vectors
-        why = "a block for each row"
-    if not held:
-        threads, per_row = min(threads, STREAM_THREADS), min(per_row, STREAM_THREADS)
-        vectors = min(vectors, _streamed(problem, vector))
-    blocks = -(-problem.rows // (threads // per_row))
-    return Sharing("rows", blocks, threads, ("kThreadsPerRow", per_row), vector, vectors, held, why)
+    whole = _ragged_vector(problem, layout) if problem.columns > RAGGED else 1
+    if whole > vector:
+        return dataclasses.replace(_dense_rows(problem, layout, gpu, whole, whole - 1), ragged=True)
+    return _dense_rows(problem, layout, gpu, vector, 0)
 
 
-def _columns(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
-    """A tile of rows for each block, several threads for each row."""
-    columns, width = problem.columns, layout.outer[-1]
-    vector = _vector(problem, layout, width, along_rows=False)
+def _dense_rows(problem: Problem, layout: Layout, gpu: Gpu, vector: int, lead: int) -> Sharing:
+    """Rows of vectors; `lead` elements at most that the first of them has before the row."""
+    loads = -(-(problem.columns + lead) // vector)
+    if loads <= WARP * _tile(problem, vector):
+        return _rows_of_a_warp(problem, layout, gpu, vector, loads)
+    parts = _parts_wanted(problem, layout, gpu, problem.rows)
     if problem.reduces:
-        vectors = _streamed(problem, vector)
-    else:
-        vectors = min(COLUMNS_LOADS, max(1, COLUMNS_REGISTERS // (vector * _words(problem))))
+        return _streamed_rows(problem, gpu, vector, loads, parts)
+    if loads <= MOST_THREADS * _tile(problem, vector) and (parts == 1 or gpu.arch < 90):
+        return _rows_of_a_block(problem, vector, loads)
+    return _long_rows(problem, gpu, vector, loads, parts)
 
-    def blocks(lanes: int) -> int:
-        return problem.rows // width * -(-width // (lanes * vector))
 
-    def holds(lanes: int) -> bool:
-        return problem.reduces or columns <= COLUMNS_THREADS // lanes * vectors
+def _rows_of_a_warp(problem: Problem, layout: Layout, gpu: Gpu, vector: int, loads: int) -> Sharing:
+    most = _tile(problem, vector)
+    per_row = min(WARP, _power_of_two(loads))
+    # Enough rows to fill the card: fewer threads a row have more loads in flight each.
+    while (
+        problem.rows * per_row > 1024 * gpu.multiprocessors
+        and -(-loads // per_row) < min(8, most // 2 + 1)
+        and per_row * vector * layout.x.itemsize > SECTOR
+    ):
+        per_row //= 2
+    vectors = _power_of_two(-(-loads // per_row))
+    why = f"{per_row} thread{'s' if per_row > 1 else ''} a row"
+    units = -(-problem.rows // (LEAST_THREADS // per_row))
+    beside = ("kThreadsPerRow", per_row)
+    held = not problem.reduces
+    return Sharing("rows", units, LEAST_THREADS, beside, vector, vectors, why, held=held)
 
-    # Narrower tiles give every multiprocessor a block, and hold longer rows. The narrowest still
-    # takes whole sectors.
-    lanes = min(WARP, _power_of_two(-(-width // vector)))
-    narrowest = max(1, SECTOR // (vector * layout.x.itemsize))
-    while lanes > narrowest and (blocks(lanes) < gpu.multiprocessors or not holds(lanes)):
-        lanes //= 2
-    slices = min(COLUMNS_THREADS // lanes, _power_of_two(-(-columns // vectors)))
-    slices = max(slices, LEAST_THREADS // lanes)
-    held = holds(lanes) and not problem.reduces
-    most = _power_of_two(-(-columns // slices)) if held else _streamed(problem, vector)
+
+def _rows_of_a_block(problem: Problem, vector: int, loads: int) -> Sharing:
+    vectors = max(1, _tile(problem, vector) // 2)
+    threads = max(LEAST_THREADS, _power_of_two(-(-loads // vectors)))
+    if threads > MOST_THREADS:
+        threads, vectors = MOST_THREADS, _tile(problem, vector)
+    beside = ("kThreadsPerRow", threads)
+    why = "a block for each row"
+    return Sharing("rows", problem.rows, threads, beside, vector, vectors, why, held=True)
+
+
+def _streamed_rows(problem: Problem, gpu: Gpu, vector: int, loads: int, parts: int) -> Sharing:
+    """Rows that are read once and give one number."""
+    vectors = _streamed(problem, vector)
+    if problem.rows * WARP >= 1024 * gpu.multiprocessors:
+        units = -(-problem.rows // (LEAST_THREADS // WARP))
+        beside = ("kThreadsPerRow", WARP)
+        return Sharing("rows", units, LEAST_THREADS, beside, vector, vectors, "a warp for each row")
+    threads = min(MOST_THREADS, max(LEAST_THREADS, _power_of_two(-(-loads // vectors))))
+    beside = ("kThreadsPerRow", threads)
+    if parts > MOST_CLUSTER or (parts > 1 and gpu.arch < 90):
+        return _split("rows", problem, problem.rows, threads, beside, vector, vectors, parts)
+    why = f"{parts} blocks for each row" if parts > 1 else "a block for each row"
     return Sharing(
-        "columns",
-        blocks(lanes),
-        lanes * slices,
-        ("kLanes", lanes),
-        vector,
-        min(vectors, most),
-        held,
-        f"{lanes * vector} rows side by side, {slices} threads each",
+        "rows", problem.rows, threads, beside, vector, vectors, why, cluster=_power_of_two(parts)
     )
 
 
-def _kernel(problem: Problem, layout: Layout, sharing: Sharing) -> Kernel:
+def _long_rows(problem: Problem, gpu: Gpu, vector: int, loads: int, parts: int) -> Sharing:
+    """Rows too long for a block's registers, and fewer ones than fill the card."""
+    tile, threads = _tile(problem, vector), MOST_THREADS
+    beside = ("kThreadsPerRow", threads)
+    if gpu.arch >= 90 and loads <= MOST_CLUSTER * threads * tile:
+        cluster = _power_of_two(max(-(-loads // (threads * tile)), min(parts, MOST_CLUSTER)))
+        vectors = _power_of_two(-(-loads // (threads * cluster)))
+        return Sharing(
+            "rows",
+            problem.rows,
+            threads,
+            beside,
+            vector,
+            vectors,
+            f"a cluster of {cluster} blocks for each row",
+            held=True,
+            cluster=cluster,
+        )
+    vectors = _streamed(problem, vector)
+    cluster = MOST_CLUSTER if gpu.arch >= 90 else 1
+    if problem.rows * cluster < gpu.multiprocessors:
+        return _split("rows", problem, problem.rows, threads, beside, vector, vectors, parts)
+    kept = _kept(problem, gpu, "rows", threads * vectors * vector, -(-problem.columns // cluster))
+    why = f"{cluster} blocks for each row" if cluster > 1 else "a block for each row"
+    return Sharing(
+        "rows",
+        problem.rows,
+        threads,
+        beside,
+        vector,
+        vectors,
+        why,
+        cluster=cluster,
+        kept=kept,
+    )
+
+
+def _columns(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
+    """A tile of rows for each block or cluster, several threads for each row."""
+    width = layout.outer[-1]
+    vector = _vector(problem, layout, width, along_rows=False)
+    # Each load has an address of its own.
+    registers = vector * words(problem) * (1 + problem.weighted)
+    most = min(COLUMNS_LOADS, max(1, COLUMNS_REGISTERS // registers))
+    widest = min(WARP, _power_of_two(-(-width // vector)))
+    line = min(widest, max(1, LINE // (vector * layout.x.itemsize)))
+    sector = min(widest, max(1, SECTOR // (vector * layout.x.itemsize)))
+    runs = problem.rows // width
+
+    def units(lanes: int) -> int:
+        return runs * -(-width // (lanes * vector))
+
+    def shared(lanes: int, cluster: int, vectors: int, **more: int | bool) -> Sharing:
+        slices = min(MOST_THREADS // lanes, _power_of_two(-(-problem.columns // vectors)))
+        slices = max(slices, LEAST_THREADS // lanes)
+        beside = ("kLanes", lanes)
+        why = f"{lanes * vector} rows side by side, {slices * cluster} threads each"
+        threads = lanes * slices
+        return Sharing(
+            "columns", units(lanes), threads, beside, vector, vectors, why, cluster=cluster, **more
+        )
+
+    if not problem.reduces:
+        # The widest tile whose rows can be held, so long as every multiprocessor has a block.
+        for lanes in _halves(widest, sector):
+            for cluster in (1, 2, 4, 8) if gpu.arch >= 90 else (1,):
+                fills = units(lanes) * cluster >= gpu.multiprocessors or lanes == sector
+                if problem.columns <= MOST_THREADS // lanes * most * cluster and fills:
+                    vectors = min(most, -(-problem.columns * lanes // (MOST_THREADS * cluster)))
+                    return shared(lanes, cluster, vectors, held=True)
+    vectors = _streamed(problem, vector)
+    lanes = next(
+        (one for one in _halves(widest, line) if units(one) >= 2 * gpu.multiprocessors), line
+    )
+    parts = _parts_wanted(problem, layout, gpu, units(lanes), lanes * vector)
+    fewest = MOST_CLUSTER if gpu.arch >= 90 and not problem.reduces else 1
+    if parts > MOST_CLUSTER or (parts > 1 and gpu.arch < 90):
+        beside = ("kLanes", lanes)
+        threads = MOST_THREADS
+        return _split("columns", problem, units(lanes), threads, beside, vector, vectors, parts)
+    cluster = _power_of_two(max(parts, fewest))
+    if problem.reduces:
+        return shared(lanes, cluster, vectors)
+    step = MOST_THREADS * vectors * vector
+    kept = _kept(problem, gpu, "columns", step, -(-problem.columns * lanes * vector // cluster))
+    return shared(lanes, cluster, vectors, kept=kept)
+
+
+def _parts_wanted(problem: Problem, layout: Layout, gpu: Gpu, units: int, width: int = 1) -> int:
+    """How many blocks should share a row, so that all rows together fill the card."""
+    wanted = 2 * gpu.multiprocessors // max(1, units)
+    worth = problem.columns * width * layout.x.itemsize // LEAST_PART
+    return max(1, min(wanted, worth))
+
+
+def _split(
+    kernel: str,
+    problem: Problem,
+    units: int,
+    threads: int,
+    beside: tuple[str, int],
+    vector: int,
+    vectors: int,
+    parts: int,
+) -> Sharing:
+    """Rows in parts for blocks that meet in a second launch only."""
+    unit = 8  # columns: no vector crosses the border of a part
+    part = -(-problem.columns // min(parts, MOST_SPLITS))
+    part = -(-part // unit) * unit
+    splits = -(-problem.columns // part)
+    why = f"{splits} blocks for each row" if kernel == "rows" else f"{splits} blocks for each tile"
+    return Sharing(kernel, units, threads, beside, vector, vectors, why, splits=splits, slice=part)
+
+
+def _plan(
+    problem: Problem,
+    layout: Layout,
+    sharing: Sharing,
+    copies: tuple[str, ...],
+    *,
+    partial: bool = False,
+    finish: bool = False,
+) -> Plan:
+    elements = problem.rows * problem.columns
+    operand = elements * layout.x.itemsize
+    step = sharing.threads * sharing.cluster * sharing.vectors * sharing.vector
+    across = 1 if sharing.kernel == "rows" else sharing.beside[1] * sharing.vector
+    tiles = -(-problem.columns * across // step)
+    if problem.reduces or partial or finish:
+        reads, how = 1.0, "one read"
+    elif sharing.held:
+        reads, how = 1.0, "held in registers"
+    elif sharing.kept >= tiles:
+        reads, how = 1.0, "held in shared memory"
+    elif sharing.kept:
+        reads, how = (
+            2 - sharing.kept / tiles,
+            "part of it held in shared memory, the rest read twice",
+        )
+    else:
+        reads, how = 2.0, "two reads"
+    if partial:
+        written = 0
+    elif problem.reduces:
+        written = problem.rows * (1 + problem.signed)
+    else:
+        written = elements
+    kept = sharing.kept * sharing.threads * sharing.vectors * sharing.vector
+    return Plan(
+        kernel=_kernel(problem, layout, sharing, partial, finish),
+        grid=(sharing.units * sharing.cluster * sharing.splits, 1, 1),
+        threads=sharing.threads,
+        shared_memory=kept * layout.x.itemsize * (1 + problem.weighted),
+        bytes=int(operand * (1 + problem.weighted) * reads) + written * layout.out.itemsize,
+        # Maximum, subtraction, exponential, sum, and what makes it an answer.
+        operations=elements * (4 if problem.reduces or partial else 5),
+        why=f"{sharing.why}, {how}; {sharing.vector * layout.x.itemsize} bytes a load",
+        copies=copies,
+    )
+
+
+def _parts(problem: Problem, layout: Layout, sharing: Sharing) -> Plan:
+    """The launch that joins the states of rows' parts, a warp for each row."""
+    kernel = _kernel(problem, layout, sharing, False, True)
+    constants = dict(kernel.constants) | {"kThreads": LEAST_THREADS}
+    state = OPERATIONS[problem.function][1] * 4 * words(problem)
+    return Plan(
+        kernel=Kernel("_softmax/parts.cu", "softmax_parts", tuple(constants.items())),
+        grid=(-(-problem.rows // (LEAST_THREADS // WARP)), 1, 1),
+        threads=LEAST_THREADS,
+        shared_memory=0,
+        bytes=problem.rows * (sharing.splits * state + layout.out.itemsize),
+        operations=problem.rows * sharing.splits * 4,
+        why="joins the parts of each row",
+    )
+
+
+def _kernel(
+    problem: Problem, layout: Layout, sharing: Sharing, partial: bool, finish: bool
+) -> Kernel:
+    walked = _walked(problem, layout)
     return Kernel(
         file=f"_softmax/{sharing.kernel}.cu",
         entry=f"softmax_{sharing.kernel}",
@@ -154,26 +358,41 @@ def _kernel(problem: Problem, layout: Layout, sharing: Sharing) -> Kernel:
             ("Element", problem.dtype),
             ("Result", problem.result),
             ("Index", "uint32" if max(problem.rows, problem.columns) < 2**31 else "int64"),
+            ("Operation", f"struct {OPERATIONS[problem.function][0]}"),
             ("kReduces", problem.reduces),
-            ("kLog", problem.function == "log_softmax"),
-            ("kWeighted", problem.weighted),
+            ("kBeside", problem.weighted),
             ("kSigned", problem.signed),
             ("kOuterAxes", len(layout.outer)),
             ("kReducedAxes", len(layout.reduced)),
+            ("kDense", _dense(layout, walked)),
+            ("kRagged", sharing.ragged),
             ("kThreads", sharing.threads),
+            ("kBlocks", _least_blocks(problem, sharing)),
+            ("kCluster", sharing.cluster),
             sharing.beside,
             ("kVector", sharing.vector),
             ("kVectors", sharing.vectors),
             ("kHeld", sharing.held),
+            ("kKept", sharing.kept),
+            ("kPartial", partial),
+            ("kFinish", finish),
         ),
     )
 
 
+def _least_blocks(problem: Problem, sharing: Sharing) -> int:
+    """Blocks that a multiprocessor must have room for: 64 registers a thread, or 128 for float64."""
+    return 1 if sharing.kept else max(1, 1024 // words(problem) // sharing.threads)
+
+
+def _walked(problem: Problem, layout: Layout) -> list[Placement]:
+    """The arrays that have an element for each element of x."""
+    walked = [layout.x] + ([layout.weights] if layout.weights else [])
+    return walked if problem.reduces else [*walked, layout.out]
+
+
 def _vector(problem: Problem, layout: Layout, run: int, *, along_rows: bool) -> int:
     """The most elements of a run, up to 16 bytes, that every load and store can take at once."""
-    walked = [layout.x] + ([layout.weights] if layout.weights else [])
-    if not problem.reduces:
-        walked.append(layout.out)
 
     def takes(placement: Placement, vector: int) -> bool:
         along, across = placement.reduced, placement.outer
@@ -187,20 +406,58 @@ def _vector(problem: Problem, layout: Layout, run: int, *, along_rows: bool) -> 
             and all(stride % vector == 0 for stride in (*along[:-1], *across))
         )
 
+    walked = _walked(problem, layout)
     for vector in (8, 4, 2):
         if run % vector == 0 and all(takes(placement, vector) for placement in walked):
             return vector
     return 1
 
 
+def _ragged_vector(problem: Problem, layout: Layout) -> int:
+    """The elements of 16 bytes, if rows are dense and begin alike between them in all arrays."""
+    walked = _walked(problem, layout)
+    vector = 16 // max(placement.itemsize for placement in walked)
+
+    def begins(placement: Placement) -> list[int]:
+        return [n % vector for n in (placement.phase // placement.itemsize, *placement.outer)]
+
+    alike = all(
+        placement.phase % placement.itemsize == 0 and begins(placement) == begins(layout.x)
+        for placement in walked
+    )
+    return vector if alike and _dense(layout, walked) else 1
+
+
+def _dense(layout: Layout, walked: list[Placement]) -> bool:
+    return len(layout.reduced) == 1 and all(placement.reduced[-1] == 1 for placement in walked)
+
+
+def _tile(problem: Problem, vector: int) -> int:
+    """Loads whose elements a thread can hold in registers."""
+    return max(1, TILE_REGISTERS // (vector * words(problem) * (1 + problem.weighted)))
+
+
 def _streamed(problem: Problem, vector: int) -> int:
     """Loads that a thread has in flight on its way through a row that it does not hold."""
-    return min(STREAM_LOADS, max(1, STREAM_REGISTERS // (vector * _words(problem))))
+    registers = vector * words(problem) * (1 + problem.weighted)
+    return min(STREAM_LOADS, max(1, STREAM_REGISTERS // registers))
 
 
-def _words(problem: Problem) -> int:
+def _kept(problem: Problem, gpu: Gpu, kernel: str, step: int, elements: int) -> int:
+    """Tiles of `step` elements that a block keeps in shared memory, of `elements` that it has."""
+    itemsize = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[problem.dtype]
+    room = gpu.shared_memory_per_block - STATIC_SHARED[kernel]
+    return min(-(-elements // step), room // (step * itemsize * (1 + problem.weighted)))
+
+
+def words(problem: Problem) -> int:
     """The 32-bit registers of a score."""
     return 2 if problem.dtype == "float64" else 1
+
+
+def _halves(most: int, least: int) -> list[int]:
+    """`most`, a power of two, and what halving it gives, down to `least`."""
+    return [most >> i for i in range(most.bit_length()) if most >> i >= least]
 
 
 def _power_of_two(n: int) -> int:

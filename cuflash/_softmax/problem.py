@@ -15,18 +15,18 @@ class Problem:
     indices fixed.
     """
 
-    function: str  # "softmax" "log_softmax" "logsumexp"
+    function: str  # a name of plan.OPERATIONS
     dtype: str  # of x and weights: "float16" "bfloat16" "float32" "float64"
     result: str  # of out and sign: dtype, or "float32" for the two halves
     shape: tuple[int, ...]  # of x, at least one axis
     axes: tuple[int, ...]  # reduced; ascending, not negative
-    weighted: bool = False  # logsumexp's b
-    signed: bool = False  # logsumexp's return_sign
+    weighted: bool = False  # a second operand: logsumexp's b, y of the backward passes
+    signed: bool = False  # a second result: logsumexp's sign, cross-entropy's sum of the logits
 
     @property
     def reduces(self) -> bool:
         """Whether a row gives one number (logsumexp) or as many as it has elements."""
-        return self.function == "logsumexp"
+        return self.function in ("logsumexp", "cross_entropy")
 
     @property
     def kept(self) -> tuple[int, ...]:

@@ -34,6 +34,9 @@ struct Base2 {
 struct BaseE {
   static __device__ __forceinline__ float exp(float x) { return expf(x); }
   static __device__ __forceinline__ double exp(double x) { return ::exp(x); }
+  // For terms of a sum of at least 1, x <= 0: its error grows with |x|, which there shrinks the term faster.
+  static __device__ __forceinline__ float exp_in_sum(float x) { return exp_2(x * float(kLog2E)); }
+  static __device__ __forceinline__ double exp_in_sum(double x) { return ::exp(x); }
   static __device__ __forceinline__ float log(float x) { return logf(x); }
   static __device__ __forceinline__ double log(double x) { return ::log(x); }
 

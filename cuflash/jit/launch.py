@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import cupy
     import numpy as np
 
+_captured: list[cupy.ndarray] = []  # workspaces of graphs, which may be launched at any time
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -50,6 +52,24 @@ class Plan:
     def load(self) -> cupy.RawKernel:
         """The compiled kernel on the current device."""
         return compile.load(self.kernel, gpu.current(), self.shared_memory)
+
+
+def workspace(nbytes: int) -> cupy.ndarray | None:
+    """Memory for what one launch of a call leaves for the next, None for 0 bytes.
+
+    It goes back to CuPy's pool with its last reference; the pool hands it on in the order of the
+    stream. A captured graph owns its workspace: memory that is asked for in a capture is kept.
+    """
+    if not nbytes:
+        return None
+    import cupy
+
+    from ..gpu_arrays import capturing
+
+    memory = cupy.ndarray(nbytes, "uint8")
+    if capturing():
+        _captured.append(memory)
+    return memory
 
 
 def launch(plan: Plan, params: np.ndarray) -> None:

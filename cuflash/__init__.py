@@ -3,15 +3,20 @@
 from ._attention.api import attention, merge_attention
 from ._softmax.api import log_softmax, logsumexp, softmax
 from ._softmax.gradient import log_softmax_backward, softmax_backward
+from ._softmax.loss import cross_entropy, cross_entropy_backward
+from ._softmax.selection.sample_api import sample
 from .tools import explain, show_config, warmup
 
 __all__ = [
     "attention",
+    "cross_entropy",
+    "cross_entropy_backward",
     "explain",
     "log_softmax",
     "log_softmax_backward",
     "logsumexp",
     "merge_attention",
+    "sample",
     "show_config",
     "softmax",
     "softmax_backward",

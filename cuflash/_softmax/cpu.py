@@ -31,12 +31,12 @@ def forward(problem: Problem, operands: Operands) -> None:
 def _normalize(problem: Problem, operands: Operands) -> None:
     """softmax and log_softmax, Algorithm 3: one loop for the pair (m, d), one for the answers."""
     x = _rows(operands.x, problem)
-    m, d = _empty(x), _zero(x)
-    for tile in _tiles(x):
-        m, d = update(m, d, _wide(x[..., tile]))
+    m, d = empty(x), zero(x)
+    for tile in tiles(x):
+        m, d = update(m, d, wide(x[..., tile]))
     y = np.empty(x.shape, operands.out.dtype)
-    for tile in _tiles(x):
-        shifted = _wide(x[..., tile]) - reference(m)
+    for tile in tiles(x):
+        shifted = wide(x[..., tile]) - reference(m)
         if problem.function == "log_softmax":
             y[..., tile] = shifted - np.log(d)
         else:
@@ -66,13 +66,13 @@ def _log_sum_exp(problem: Problem, operands: Operands) -> None:
     """
     x = _rows(operands.x, problem)
     weights = None if operands.weights is None else _rows(operands.weights, problem)
-    m, top, rest = _empty(x), _zero(x), _zero(x)
-    for tile in _tiles(x):
-        scores = _wide(x[..., tile])
+    m, top, rest = empty(x), zero(x), zero(x)
+    for tile in tiles(x):
+        scores = wide(x[..., tile])
         if weights is None:
             w = scores.dtype.type(1)
         else:
-            w = _wide(weights[..., tile])
+            w = wide(weights[..., tile])
             scores = np.where(w == 0, -np.inf, scores)  # gone, whatever it was: 0 * NaN is NaN
         m, top, rest = update_log(m, top, rest, scores, w)
     value, sign = finish_log(m, top, rest)
@@ -115,13 +115,13 @@ def _backward(problem: Problem, operands: Operands) -> None:
     """dx = y (dy - sum dy y) of softmax, dx = dy - exp(y) sum dy of log_softmax."""
     dy, y = _rows(operands.x, problem), _rows(operands.weights, problem)
     of_log = problem.function == "log_softmax_backward"
-    total = _zero(dy)
-    for tile in _tiles(dy):
-        terms = _wide(dy[..., tile]) if of_log else _wide(dy[..., tile]) * _wide(y[..., tile])
+    total = zero(dy)
+    for tile in tiles(dy):
+        terms = wide(dy[..., tile]) if of_log else wide(dy[..., tile]) * wide(y[..., tile])
         total = total + terms.sum(axis=-1, keepdims=True)
     dx = np.empty(dy.shape, operands.out.dtype)
-    for tile in _tiles(dy):
-        from_above, answers = _wide(dy[..., tile]), _wide(y[..., tile])
+    for tile in tiles(dy):
+        from_above, answers = wide(dy[..., tile]), wide(y[..., tile])
         if of_log:
             dx[..., tile] = from_above - np.exp(answers) * total
         else:
@@ -140,11 +140,11 @@ def _rows(array: Array, problem: Problem) -> Array:
     return last.reshape(*last.shape[: len(problem.kept)], problem.columns)
 
 
-def _tiles(x: Array) -> Iterator[slice]:
+def tiles(x: Array) -> Iterator[slice]:
     return (slice(start, start + TILE) for start in range(0, x.shape[-1], TILE))
 
 
-def _wide(tile: Array) -> Array:
+def wide(tile: Array) -> Array:
     return tile.astype(_accumulator(tile), copy=False)
 
 
@@ -153,10 +153,10 @@ def _accumulator(x: Array) -> type[np.floating[Any]]:
     return np.float64 if x.dtype == np.float64 else np.float32
 
 
-def _empty(x: Array) -> Array:
+def empty(x: Array) -> Array:
     """The maximum of rows that have seen nothing."""
     return np.full((*x.shape[:-1], 1), -np.inf, _accumulator(x))
 
 
-def _zero(x: Array) -> Array:
+def zero(x: Array) -> Array:
     return np.zeros((*x.shape[:-1], 1), _accumulator(x))

@@ -5,6 +5,7 @@ from ._softmax.api import log_softmax, logsumexp, softmax
 from ._softmax.gradient import log_softmax_backward, softmax_backward
 from ._softmax.loss import cross_entropy, cross_entropy_backward
 from ._softmax.selection.sample_api import sample
+from ._softmax.selection.topk_api import softmax_topk, topk
 from .tools import explain, show_config, warmup
 
 __all__ = [
@@ -20,5 +21,7 @@ __all__ = [
     "show_config",
     "softmax",
     "softmax_backward",
+    "softmax_topk",
+    "topk",
     "warmup",
 ]

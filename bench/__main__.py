@@ -1,15 +1,16 @@
-"""``python -m bench attention``, ``softmax``, ``selection``, ``loss``: check, time, report."""
+"""``python -m bench attention``, or another room: check, time, report."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from . import attention, loss, report, selection, softmax
+from . import attention, loss, paper, report, selection, softmax
 from .contest import OURS, sweep
 from .environment import environment
 from .timing import Stopwatch
 
 ROOMS = {"attention": attention, "softmax": softmax, "selection": selection, "loss": loss}
+ROOMS |= {"paper": paper}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -1,18 +1,34 @@
 """One run's numbers as a plot."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from .contest import CEILING, OURS
+from .environment import slug
 
 Point = tuple[int, float]
 SCALE = 1e-12  # operations and bytes a second are shown as TFLOP/s and TB/s
 
 
-def draw(run: dict, path: Path) -> None:
-    """Draw a run: rates of everybody, or for what memory bounds, shares of its speed."""
-    (shares if run["unit"] == "TB/s" else rates)(run, path)
+def draw(run: dict, folder: Path) -> list[str]:
+    """Draw a run: rates of everybody, or for what memory bounds, shares of its speed.
+
+    Returns
+    -------
+    list of str
+        The names of the files.
+    """
+    room, gpu = run["room"], slug(run["environment"]["gpu"])
+    if room == "paper":
+        plots = {f"paper-{part}-{gpu}.svg": partial(paper, part=part) for part in PARTS}
+    else:
+        plots = {f"{room}-{gpu}.svg": shares if run["unit"] == "TB/s" else rates}
+    for name, plot in plots.items():
+        plot(run, folder / name)
+    return list(plots)
 
 
 def rates(run: dict, path: Path) -> None:
@@ -83,6 +99,53 @@ def _shares(run: dict) -> dict[str, dict[tuple[int, str], list[Point]]]:
                 points.append((labels[run["over"]], rate / case["ceiling"]))
     full = {t: p for t, p in panels.items() if max(map(len, p.values()), default=0) > 2}
     return full or panels
+
+
+# The figures of the paper: what is the same in a figure's panels, what tells them apart, what they
+# are drawn over, and what is 1.
+PARTS = {
+    "softmax": ("softmax", "batch", "V", "safe"),
+    "topk": ("softmax + top-k", "batch", "V", "safe unfused"),
+    "k": ("softmax + top-k", "V", "K", "safe unfused"),
+}
+
+
+def paper(run: dict, path: Path, *, part: str) -> None:
+    """Draw the speed of each algorithm over that of safe softmax."""
+    panels = _relative(run, *PARTS[part])
+    figure, axes = grid(len(panels), 2)
+    for panel, (title, lines) in zip(axes, panels.items()):
+        for number, (name, points) in enumerate(lines.items()):
+            color = {"color": "black" if name == OURS else f"C{number}", "marker": "."}
+            panel.plot(*zip(*sorted(points)), label=name, **color)
+        panel.axhline(1, color="gray", linewidth=0.5)
+        panel.set(title=title, xscale="linear" if part == "k" else "log", yscale="log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+    finish(figure, axes, path, PARTS[part][2], f"times the speed of {PARTS[part][3]}")
+
+
+def _relative(
+    run: dict, call: str, apart: str, over: str, one: str
+) -> dict[str, dict[str, list[Point]]]:
+    """Group the points of one figure: panel -> algorithm -> (where, speed relative to `one`)."""
+    cases = [c for c in run["cases"] if c["case"]["call"] == call and one in c["times"]]
+    if over == "K":  # at the one length that has many of them
+        length = mode(case["case"]["V"] for case in cases)
+        batch = max(case["case"]["batch"] for case in cases)
+        cases = [c for c in cases if (c["case"]["V"], c["case"]["batch"]) == (length, batch)]
+    else:
+        k = mode(case["case"]["K"] for case in cases)
+        cases = [case for case in cases if case["case"]["K"] == k]
+    panels: dict[str, dict[str, list[Point]]] = {}
+    for case in cases:
+        labels, times = case["case"], case["times"]
+        lines = panels.setdefault(f"{call}, {apart} {labels[apart]}", {})
+        for name, time in times.items():
+            if name != one:
+                speed = times[one]["seconds"] / time["seconds"]
+                lines.setdefault(name, []).append((labels[over], speed))
+    return panels
 
 
 def grid(panels: int, most: int) -> tuple[Any, list[Any]]:

@@ -80,24 +80,28 @@ def redraw(room: str, folder: Path | None) -> int:
     tables, plots = folder or TABLES, folder or FIGURES
     found = sorted(folder.glob(f"{room}.json") if folder else RESULTS.glob(f"*/{room}.json"))
     runs = [json.loads(path.read_text()) for path in found]
+    parts = []
     for run in runs:
         plots.mkdir(parents=True, exist_ok=True)
-        figures.draw(run, plots / f"{figure_name(run)}.svg")
+        parts.append(rst(run, figures.draw(run, plots)))
     if runs:
         tables.mkdir(parents=True, exist_ok=True)
-        (tables / f"{room}.rst").write_text("\n".join(map(rst, runs)))
+        (tables / f"{room}.rst").write_text("\n".join(parts))
     return len(runs)
 
 
-def figure_name(run: dict) -> str:
-    return f"{run['room']}-{slug(run['environment']['gpu'])}"
-
-
-def rst(run: dict) -> str:
-    """Return one run for docs/benchmarks.rst: plot, table, and where it was measured."""
-    header, *rows = (", ".join(f'"{cell}"' for cell in row) for row in table(run))
+def rst(run: dict, plots: list[str]) -> str:
+    """Return one run for docs/benchmarks.rst: plots, a table a call, and where it was measured."""
     title = f"{run['room'].capitalize()} on {run['environment']['gpu']}"
-    lines = [f".. image:: figures/{figure_name(run)}.svg", f"   :alt: {title}", ""]
-    lines += [f".. csv-table:: {title}", f"   :header: {header}", ""]
-    lines += [*(f"   {row}" for row in rows), "", *(f"- {line}" for line in summary(run)), ""]
+    lines = []
+    for plot in plots:
+        lines += [f".. image:: figures/{plot}", f"   :alt: {title}", ""]
+    for call in dict.fromkeys(case["case"].get("call") for case in run["cases"]):
+        cases = [case for case in run["cases"] if case["case"].get("call") == call]
+        header, *rows = (
+            ", ".join(f'"{cell}"' for cell in row) for row in table({**run, "cases": cases})
+        )
+        lines += [f".. csv-table:: {title}{f': {call}' if call else ''}", f"   :header: {header}"]
+        lines += ["", *(f"   {row}" for row in rows), ""]
+    lines += [*(f"- {line}" for line in summary(run)), ""]
     return "\n".join(lines)

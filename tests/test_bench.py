@@ -19,7 +19,7 @@ def bench(monkeypatch):
     """The bench's modules; the checkout goes last, so that the installed cuflash is found first."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(CHECKOUT)])
     names = ("attention", "softmax", "selection", "loss", "rows", "row_peers")
-    names += ("contest", "peers", "report", "timing", "__main__")
+    names += ("paper", "contest", "peers", "report", "timing", "__main__")
     return SimpleNamespace(**{n: importlib.import_module(f"bench.{n}") for n in names})
 
 
@@ -92,6 +92,12 @@ def plain_loss(case, x, targets):
     return -(wanted * likelihood).sum(1).mean()
 
 
+def plain_paper(bench, case, x):
+    if case.k is None:
+        return plain_rows("softmax")(x, axis=-1)
+    return plain_selection(bench.selection.Case("softmax_topk", case.matrix, case.k), x)
+
+
 def pretended_run(bench, monkeypatch, room, *arguments, fault=0.0):
     """Sweep as the command does, with NumPy in everybody's place; ours errs by `fault`."""
     contestant = bench.timing.Contestant
@@ -118,6 +124,19 @@ def pretended_run(bench, monkeypatch, room, *arguments, fault=0.0):
     def loss(case, x, targets):
         return contestant("cuflash", lambda: plain_loss(case, x, targets) * (1 + fault))
 
+    def paper(case, x):
+        right = plain_paper(bench, case, x)
+        if case.k is None:
+            return contestant("cuflash", lambda: right * (1 + fault))
+        return contestant("cuflash", lambda: (right[0] * (1 + fault), right[1]))
+
+    def algorithms(*names):
+        def peers(x, k=None):
+            right = plain_paper(bench, bench.paper.Case(*x.shape, k), x)
+            return [contestant(name, lambda: right) for name in names]
+
+        return peers
+
     monkeypatch.setattr(bench.peers, "attention", attention)
     monkeypatch.setattr(bench.peers, "free_memory", lambda: None)
     monkeypatch.setattr(bench.peers, "matmul", lambda *_: (contestant("matmul", int), 1e9))
@@ -125,6 +144,9 @@ def pretended_run(bench, monkeypatch, room, *arguments, fault=0.0):
     monkeypatch.setattr(bench.softmax, "function", function)
     monkeypatch.setattr(bench.selection, "ours", selected)
     monkeypatch.setattr(bench.loss, "ours", loss)
+    monkeypatch.setattr(bench.paper, "ours", paper)
+    monkeypatch.setattr(bench.paper, "softmaxes", algorithms("safe", "online"))
+    monkeypatch.setattr(bench.paper, "selections", algorithms("safe unfused", "online fused"))
     module, stopwatch = getattr(bench, room), PretendedStopwatch()
     cases = module.cases(bench.__main__.parse([room, *arguments]))
     bandwidths = {"copy": 3e12, "read": 3e12}
@@ -151,6 +173,7 @@ COMMANDS = {  # and how many cases they are
     "softmax": (ROWS, 30),
     "selection": (("--k", "1", "2", "10", *ROWS), 38),
     "loss": (ROWS, 12),
+    "paper": (("--batch", "3", "10", "--n", "63", "100", "1000"), 12),
 }
 
 
@@ -161,7 +184,7 @@ def test_sweep_judges_and_reports(bench, monkeypatch, tmp_path, capsys, room, dt
     pytest.importorskip("tqdm")
     monkeypatch.setattr(bench.attention, "TOKENS", 256)
     arguments, count = COMMANDS[room]
-    command = (room, *arguments, dtype)
+    command = (room, *arguments, dtype) if arguments[-1] == "--dtype" else (room, *arguments)
     run = pretended_run(bench, monkeypatch, *command)
     assert len(run["cases"]) == count
     for case in run["cases"]:

@@ -15,6 +15,8 @@ from .problem import Problem
 WARP = 32
 LEAST_THREADS = 128  # a block
 MOST_THREADS = 512  # a block: two of them fill a multiprocessor at 64 registers a thread
+KEPT_TILE = 32  # bytes a thread takes at a time where rows are kept in shared memory
+KEPT_SLICE = 64 * 1024  # bytes of a row a block keeps, if a cluster can be wide enough
 TILE_REGISTERS = 32  # in which a thread holds its part of a row, or of a tile of it
 COLUMNS_REGISTERS, COLUMNS_LOADS = 24, 16
 STREAM_REGISTERS, STREAM_LOADS = 16, 8  # the same where a row is not held: loads in flight
@@ -25,7 +27,7 @@ RAGGED = 256  # columns: below, single elements are as fast as vectors with a he
 LEAST_PART = 8192  # bytes of a row: less is not worth another block
 MOST_CLUSTER = 8  # blocks, on every GPU that has clusters
 MOST_SPLITS = 512  # parts of a row, whose states every warp of the second launch reads
-STATIC_SHARED = {"rows": 1024, "columns": 7168}  # bytes of states, beside what is kept
+RESERVED = 5 * 1024  # bytes of shared memory of each block: for states, and by the driver
 
 # Operation of a function, and numbers in the state of a row.
 OPERATIONS = {
@@ -45,14 +47,16 @@ class Sharing:
     kernel: str
     units: int  # blocks, or clusters, that take the rows once
     threads: int  # a block
-    beside: tuple[str, int]  # the constant that says how threads lie, kThreadsPerRow or kLanes
+    beside: tuple[
+        str, int
+    ]  # the constant that says how threads lie: kThreadsPerRow, kLanes, kCluster
     vector: int
     vectors: int
     why: str
     ragged: bool = False
     held: bool = False
-    cluster: int = 1
-    kept: int = 0  # tiles in shared memory
+    slots: int = 0  # tiles of a thread in shared memory
+    blocks: int = 0  # that a multiprocessor must have room for, if not as many as registers allow
     splits: int = 1
     slice: int = 0  # columns of a part
 
@@ -122,7 +126,15 @@ def _dense_rows(problem: Problem, layout: Layout, gpu: Gpu, vector: int, lead: i
         return _streamed_rows(problem, gpu, vector, loads, parts)
     if loads <= MOST_THREADS * _tile(problem, vector) and (parts == 1 or gpu.arch < 90):
         return _rows_of_a_block(problem, vector, loads)
-    return _long_rows(problem, gpu, vector, loads, parts)
+    clusters = MOST_CLUSTER if gpu.arch >= 90 else 1
+    if problem.rows * clusters < gpu.multiprocessors and parts > clusters:
+        return _split_rows(problem, vector, MOST_THREADS, parts)
+    whole = vector * layout.x.itemsize == 16 and _dense(layout, _walked(problem, layout))
+    if gpu.arch >= 80 and whole:
+        return _kept_rows(problem, layout, gpu, vector, loads, parts)
+    vectors, beside = _streamed(problem, vector), ("kThreadsPerRow", MOST_THREADS)
+    why = "a block for each row"
+    return Sharing("rows", problem.rows, MOST_THREADS, beside, vector, vectors, why)
 
 
 def _rows_of_a_warp(problem: Problem, layout: Layout, gpu: Gpu, vector: int, loads: int) -> Sharing:
@@ -162,49 +174,54 @@ def _streamed_rows(problem: Problem, gpu: Gpu, vector: int, loads: int, parts: i
         return Sharing("rows", units, LEAST_THREADS, beside, vector, vectors, "a warp for each row")
     threads = min(MOST_THREADS, max(LEAST_THREADS, _power_of_two(-(-loads // vectors))))
     beside = ("kThreadsPerRow", threads)
-    if parts > MOST_CLUSTER or (parts > 1 and gpu.arch < 90):
-        return _split("rows", problem, problem.rows, threads, beside, vector, vectors, parts)
-    why = f"{parts} blocks for each row" if parts > 1 else "a block for each row"
-    return Sharing(
-        "rows", problem.rows, threads, beside, vector, vectors, why, cluster=_power_of_two(parts)
-    )
+    if parts > 1:
+        return _split_rows(problem, vector, threads, parts)
+    why = "a block for each row"
+    return Sharing("rows", problem.rows, threads, beside, vector, vectors, why)
 
 
-def _long_rows(problem: Problem, gpu: Gpu, vector: int, loads: int, parts: int) -> Sharing:
-    """Rows too long for a block's registers, and fewer ones than fill the card."""
-    tile, threads = _tile(problem, vector), MOST_THREADS
+def _split_rows(problem: Problem, vector: int, threads: int, parts: int) -> Sharing:
     beside = ("kThreadsPerRow", threads)
-    if gpu.arch >= 90 and loads <= MOST_CLUSTER * threads * tile:
-        cluster = _power_of_two(max(-(-loads // (threads * tile)), min(parts, MOST_CLUSTER)))
-        vectors = _power_of_two(-(-loads // (threads * cluster)))
-        return Sharing(
-            "rows",
-            problem.rows,
-            threads,
-            beside,
-            vector,
-            vectors,
-            f"a cluster of {cluster} blocks for each row",
-            held=True,
-            cluster=cluster,
-        )
     vectors = _streamed(problem, vector)
-    cluster = MOST_CLUSTER if gpu.arch >= 90 else 1
-    if problem.rows * cluster < gpu.multiprocessors:
-        return _split("rows", problem, problem.rows, threads, beside, vector, vectors, parts)
-    kept = _kept(problem, gpu, "rows", threads * vectors * vector, -(-problem.columns // cluster))
-    why = f"{cluster} blocks for each row" if cluster > 1 else "a block for each row"
+    return _split("rows", problem, problem.rows, threads, beside, vector, vectors, parts)
+
+
+def _kept_rows(
+    problem: Problem, layout: Layout, gpu: Gpu, vector: int, loads: int, parts: int
+) -> Sharing:
+    """Long rows: a cluster for each, which keeps it in shared memory."""
+    operands, threads = 1 + problem.weighted, MOST_THREADS
+    vectors = max(1, KEPT_TILE // 16 // operands)
+    nbytes = loads * 16 * operands
+    cluster = 1
+    if gpu.arch >= 90:
+        cluster = min(MOST_CLUSTER, _power_of_two(max(-(-nbytes // KEPT_SLICE), min(parts, 8))))
+    tiles = -(-loads // (cluster * threads * vectors))
+    tile = threads * vectors * 16 * operands
+    blocks, slots = next(
+        (blocks, slots)
+        for blocks in (2, 1)
+        if (slots := _slots(gpu, blocks, tile)) >= tiles or blocks == 1
+    )
+    why = f"{cluster} block{'s' if cluster > 1 else ''} for each row"
+    units = min(problem.rows, max(1, gpu.multiprocessors * blocks // cluster))
     return Sharing(
-        "rows",
-        problem.rows,
+        "kept_rows",
+        units,
         threads,
-        beside,
+        ("kCluster", cluster),
         vector,
         vectors,
         why,
-        cluster=cluster,
-        kept=kept,
+        slots=slots,
+        blocks=blocks,
     )
+
+
+def _slots(gpu: Gpu, blocks: int, tile: int) -> int:
+    """Tiles of `tile` bytes that each of `blocks` blocks of a multiprocessor can keep."""
+    room = min(gpu.shared_memory_per_multiprocessor // blocks, gpu.shared_memory_per_block)
+    return (room - RESERVED) // tile
 
 
 def _columns(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
@@ -222,40 +239,29 @@ def _columns(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
     def units(lanes: int) -> int:
         return runs * -(-width // (lanes * vector))
 
-    def shared(lanes: int, cluster: int, vectors: int, **more: int | bool) -> Sharing:
+    def sharing(lanes: int, vectors: int, *, held: bool) -> Sharing:
         slices = min(MOST_THREADS // lanes, _power_of_two(-(-problem.columns // vectors)))
         slices = max(slices, LEAST_THREADS // lanes)
-        beside = ("kLanes", lanes)
-        why = f"{lanes * vector} rows side by side, {slices * cluster} threads each"
-        threads = lanes * slices
-        return Sharing(
-            "columns", units(lanes), threads, beside, vector, vectors, why, cluster=cluster, **more
-        )
+        why = f"{lanes * vector} rows side by side, {slices} threads each"
+        beside, threads = ("kLanes", lanes), lanes * slices
+        return Sharing("columns", units(lanes), threads, beside, vector, vectors, why, held=held)
 
     if not problem.reduces:
         # The widest tile whose rows can be held, so long as every multiprocessor has a block.
         for lanes in _halves(widest, sector):
-            for cluster in (1, 2, 4, 8) if gpu.arch >= 90 else (1,):
-                fills = units(lanes) * cluster >= gpu.multiprocessors or lanes == sector
-                if problem.columns <= MOST_THREADS // lanes * most * cluster and fills:
-                    vectors = min(most, -(-problem.columns * lanes // (MOST_THREADS * cluster)))
-                    return shared(lanes, cluster, vectors, held=True)
+            fills = units(lanes) >= gpu.multiprocessors or lanes == sector
+            if fills and problem.columns <= MOST_THREADS // lanes * most:
+                vectors = min(most, -(-problem.columns * lanes // MOST_THREADS))
+                return sharing(lanes, vectors, held=True)
     vectors = _streamed(problem, vector)
     lanes = next(
         (one for one in _halves(widest, line) if units(one) >= 2 * gpu.multiprocessors), line
     )
     parts = _parts_wanted(problem, layout, gpu, units(lanes), lanes * vector)
-    fewest = MOST_CLUSTER if gpu.arch >= 90 and not problem.reduces else 1
-    if parts > MOST_CLUSTER or (parts > 1 and gpu.arch < 90):
-        beside = ("kLanes", lanes)
-        threads = MOST_THREADS
+    if parts > 1:
+        beside, threads = ("kLanes", lanes), MOST_THREADS
         return _split("columns", problem, units(lanes), threads, beside, vector, vectors, parts)
-    cluster = _power_of_two(max(parts, fewest))
-    if problem.reduces:
-        return shared(lanes, cluster, vectors)
-    step = MOST_THREADS * vectors * vector
-    kept = _kept(problem, gpu, "columns", step, -(-problem.columns * lanes * vector // cluster))
-    return shared(lanes, cluster, vectors, kept=kept)
+    return sharing(lanes, vectors, held=False)
 
 
 def _parts_wanted(problem: Problem, layout: Layout, gpu: Gpu, units: int, width: int = 1) -> int:
@@ -295,20 +301,17 @@ def _plan(
 ) -> Plan:
     elements = problem.rows * problem.columns
     operand = elements * layout.x.itemsize
-    step = sharing.threads * sharing.cluster * sharing.vectors * sharing.vector
-    across = 1 if sharing.kernel == "rows" else sharing.beside[1] * sharing.vector
-    tiles = -(-problem.columns * across // step)
+    kept = sharing.slots * sharing.threads * sharing.vectors * sharing.vector
+    cluster = sharing.beside[1] if sharing.slots else 1
     if problem.reduces or partial or finish:
         reads, how = 1.0, "one read"
     elif sharing.held:
         reads, how = 1.0, "held in registers"
-    elif sharing.kept >= tiles:
-        reads, how = 1.0, "held in shared memory"
-    elif sharing.kept:
-        reads, how = (
-            2 - sharing.kept / tiles,
-            "part of it held in shared memory, the rest read twice",
-        )
+    elif kept * cluster >= problem.columns:
+        reads, how = 1.0, "kept in shared memory"
+    elif kept:
+        reads = 2 - kept * cluster / problem.columns
+        how = "the end of it kept in shared memory, the rest read twice"
     else:
         reads, how = 2.0, "two reads"
     if partial:
@@ -317,10 +320,9 @@ def _plan(
         written = problem.rows * (1 + problem.signed)
     else:
         written = elements
-    kept = sharing.kept * sharing.threads * sharing.vectors * sharing.vector
     return Plan(
         kernel=_kernel(problem, layout, sharing, partial, finish),
-        grid=(sharing.units * sharing.cluster * sharing.splits, 1, 1),
+        grid=(sharing.units * cluster * sharing.splits, 1, 1),
         threads=sharing.threads,
         shared_memory=kept * layout.x.itemsize * (1 + problem.weighted),
         bytes=int(operand * (1 + problem.weighted) * reads) + written * layout.out.itemsize,
@@ -351,6 +353,8 @@ def _kernel(
     problem: Problem, layout: Layout, sharing: Sharing, partial: bool, finish: bool
 ) -> Kernel:
     walked = _walked(problem, layout)
+    stages = (("kHeld", sharing.held), ("kPartial", partial), ("kFinish", finish))
+    kind = (("kSlots", sharing.slots),) if sharing.slots else stages
     return Kernel(
         file=f"_softmax/{sharing.kernel}.cu",
         entry=f"softmax_{sharing.kernel}",
@@ -367,22 +371,13 @@ def _kernel(
             ("kDense", _dense(layout, walked)),
             ("kRagged", sharing.ragged),
             ("kThreads", sharing.threads),
-            ("kBlocks", _least_blocks(problem, sharing)),
-            ("kCluster", sharing.cluster),
+            ("kBlocks", sharing.blocks or max(1, 1024 // words(problem) // sharing.threads)),
             sharing.beside,
             ("kVector", sharing.vector),
             ("kVectors", sharing.vectors),
-            ("kHeld", sharing.held),
-            ("kKept", sharing.kept),
-            ("kPartial", partial),
-            ("kFinish", finish),
+            *kind,
         ),
     )
-
-
-def _least_blocks(problem: Problem, sharing: Sharing) -> int:
-    """Blocks that a multiprocessor must have room for: 64 registers a thread, or 128 for float64."""
-    return 1 if sharing.kept else max(1, 1024 // words(problem) // sharing.threads)
 
 
 def _walked(problem: Problem, layout: Layout) -> list[Placement]:
@@ -441,13 +436,6 @@ def _streamed(problem: Problem, vector: int) -> int:
     """Loads that a thread has in flight on its way through a row that it does not hold."""
     registers = vector * words(problem) * (1 + problem.weighted)
     return min(STREAM_LOADS, max(1, STREAM_REGISTERS // registers))
-
-
-def _kept(problem: Problem, gpu: Gpu, kernel: str, step: int, elements: int) -> int:
-    """Tiles of `step` elements that a block keeps in shared memory, of `elements` that it has."""
-    itemsize = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[problem.dtype]
-    room = gpu.shared_memory_per_block - STATIC_SHARED[kernel]
-    return min(-(-elements // step), room // (step * itemsize * (1 + problem.weighted)))
 
 
 def words(problem: Problem) -> int:

@@ -1,0 +1,115 @@
+// How threads share rows that lie denser than their neighbours: the threads of a row read what lies side by side.
+//
+//   kSharing   threads of a row, in all blocks that share it
+//   kVector    elements a load
+//   kVectors   vectors a thread has at a time: its tile
+//   kDense     the elements of a row lie side by side
+//   kRagged    dense rows begin and end anywhere between two vectors; otherwise they, or all their runs, are whole ones
+#include "_softmax/merge.cuh"
+
+constexpr int kTile = kVectors * kVector;
+constexpr int64 kStep = int64(kSharing) * kTile;  // columns that the threads of a row take at a time
+static_assert(kDense || !kRagged, "only dense rows are ragged");
+static_assert(kTile <= 32, "a tile's elements are told by the bits of a word");
+
+using Loaded = Vector<Element, kVector>;
+
+// One thread's elements at a time, and which of them the row has.
+struct Tile {
+  Score x[kTile], beside[kTile];  // beside: with kBeside
+  uint32 present;
+};
+
+// One thread's share of a row, or of a part of it.
+struct Share {
+  const Element* x;       // [reduced...], the row
+  const Element* beside;  // [reduced...]
+  Result* out;            // [reduced...]
+  int64 start;            // the first column that is loaded, at a multiple of kVector
+  int64 first, end;       // columns of this share; none in threads past the last row, which go along for the merge
+  int thread;             // among those of the row
+
+  __device__ __forceinline__ int64 column(int64 start, int vector) const {
+    return start + int64(vector * kSharing + thread) * kVector;
+  }
+
+  // A dense row needs no arithmetic for its addresses.
+  __device__ __forceinline__ int64 along(const Params& params, int64 column, const Strides& strides) const {
+    if constexpr (kDense) return column;
+    return offset<kReducedAxes>(Index(column), params.reduced, strides.reduced);
+  }
+};
+
+// The share of thread `thread` in part `split` of a row.
+__device__ __forceinline__ Share share_of(const Params& params, int64 row, int64 split, int thread) {
+  const Element* x = params.x + row_offset(params, row, params.x_strides);
+  // Columns are counted from the last whole vector of memory that is not past the row's beginning; in all arrays alike.
+  const int lead = kRagged ? int(reinterpret_cast<uint64>(x) / sizeof(Element) % kVector) : 0;
+  const int64 start = split * params.slice;
+  const int64 end = min_of(start + params.slice, params.columns);
+  return {
+      x - lead,
+      params.weights + (kBeside ? row_offset(params, row, params.weights_strides) - lead : 0),
+      params.out + (kReduces ? 0 : row_offset(params, row, params.out_strides) - lead),
+      start,
+      start + lead,
+      row < params.rows ? end + lead : start,
+      thread,
+  };
+}
+
+// Which elements of a thread's tile the row has, in few registers.
+struct Present {
+  int before, after;  // elements from where the tile begins to where the share does, and to where it ends
+
+  __device__ __forceinline__ Present(const Share& share, int64 start) {
+    const int64 own = share.column(start, 0);
+    before = int(max_of(share.first - own, -kStep));
+    after = int(min_of(share.end - own, kStep));
+  }
+
+  // One bit for each element of a vector.
+  __device__ __forceinline__ uint32 bits(int vector) const {
+    constexpr uint32 kAll = (1u << kVector) - 1;
+    const int at = vector * kSharing * kVector;
+    if (!kRagged) return at < after ? kAll : 0;
+    const int head = max_of(before - at, 0), tail = max_of(at + kVector - after, 0);
+    return head < kVector && tail < kVector ? (kAll << head) & (kAll >> tail) : 0;
+  }
+};
+
+__device__ __forceinline__ void widen_present(const Loaded& loaded, uint32 present, Score absent, Score* to) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    to[i] = (kRagged ? present >> i & 1 : present != 0) ? widen(loaded.at[i]) : absent;
+  }
+}
+
+__device__ __forceinline__ Tile load_tile(const Params& params, const Share& share, int64 start) {
+  const Present present(share, start);
+  Tile tile;
+  tile.present = 0;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int64 at = share.column(start, v);
+    const uint32 bits = present.bits(v);
+    tile.present |= bits << (v * kVector);
+    Loaded loaded;
+    load<kVector, kRagged>(share.x + share.along(params, at, params.x_strides), bits, loaded);
+    widen_present(loaded, bits, Operation::absent(), tile.x + v * kVector);
+    if constexpr (kBeside) {
+      load<kVector, kRagged>(share.beside + share.along(params, at, params.weights_strides), bits, loaded);
+      widen_present(loaded, bits, 0, tile.beside + v * kVector);
+    }
+  }
+  return tile;
+}
+
+__device__ __forceinline__ void store_tile(const Params& params, const Share& share, int64 start, const Tile& tile) {
+  const Present present(share, start);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int64 at = share.column(start, v);
+    store<kVector, kRagged>(tile.x + v * kVector, present.bits(v), share.out + share.along(params, at, params.out_strides));
+  }
+}

@@ -17,8 +17,6 @@ static_assert((kLanes & (kLanes - 1)) == 0 && (kSlices & (kSlices - 1)) == 0, "m
 static_assert(kThreads % 32 == 0 && kLanes <= 32 && (kWarps & (kWarps - 1)) == 0, "merging wants whole warps");
 static_assert(kVectors <= 32, "a row's elements of a tile are told by the bits of a word");
 
-using Loaded = Vector<Element, kVector>;
-
 // One thread's elements at a time, and which of them its rows have.
 struct Tile {
   Score x[kVector][kVectors], beside[kVector][kVectors];  // beside: with kBeside
@@ -56,10 +54,9 @@ struct Share {
 
   static __device__ __forceinline__ void take_in(bool present, const Element* from, Score absent,
                                                  Score (&to)[kVector][kVectors], int v) {
-    Loaded loaded;
-    load<kVector>(from, present, loaded);
+    const Vector<Element, kVector> loaded = load<kVector>(from, present, absent);
 #pragma unroll
-    for (int c = 0; c < kVector; ++c) to[c][v] = present ? widen(loaded.at[c]) : absent;
+    for (int c = 0; c < kVector; ++c) to[c][v] = widen(loaded.at[c]);
   }
 
   __device__ __forceinline__ void store_tile(const Params& params, int64 start, const Tile& tile) const {

@@ -16,6 +16,7 @@ static_assert(sizeof(Loaded) == 16, "copied asynchronously");
 
 constexpr int kWarps = kThreads / 32;
 constexpr int kOperands = 1 + kBeside;
+constexpr uint32 kAll = ~0u;  // the operations here need not know which elements are absent
 
 // A thread's ring. Tiles are loaded and read in one order, so that a tile's slot is its number in it, modulo kSlots.
 struct Ring {
@@ -29,30 +30,26 @@ struct Ring {
     const Present present(share, start);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int64 at_column = share.column(start, v);
-      load_vector(present.bits(v), share.x + at_column, at(slot, 0, v));
-      if constexpr (kBeside) load_vector(present.bits(v), share.beside + at_column, at(slot, 1, v));
+      const int64 column = share.column(start, v);
+      load_vector(present.bits(v), share.x + column, Operation::absent(), at(slot, 0, v));
+      if constexpr (kBeside) load_vector(present.bits(v), share.beside + column, 0, at(slot, 1, v));
     }
   }
 
-  static __device__ __forceinline__ void load_vector(uint32 present, const Element* from, Loaded& to) {
+  static __device__ __forceinline__ void load_vector(uint32 present, const Element* from, Score absent, Loaded& to) {
     if (present == (1u << kVector) - 1) {
       copy_async(&to, from);
-    } else if (kRagged && present) {
-      ::load<kVector, kRagged>(from, present, to);
+    } else {
+      to = ::load<kVector, kRagged>(from, present, absent);
     }
   }
 
-  __device__ __forceinline__ Tile read(int slot, const Share& share, int64 start) const {
-    const Present present(share, start);
+  __device__ __forceinline__ Tile read(int slot) const {
     Tile tile;
-    tile.present = 0;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const uint32 bits = present.bits(v);
-      tile.present |= bits << (v * kVector);
-      widen_present(at(slot, 0, v), bits, Operation::absent(), tile.x + v * kVector);
-      if constexpr (kBeside) widen_present(at(slot, 1, v), bits, 0, tile.beside + v * kVector);
+      widen_vector(at(slot, 0, v), tile.x + v * kVector);
+      if constexpr (kBeside) widen_vector(at(slot, 1, v), tile.beside + v * kVector);
     }
     return tile;
   }
@@ -61,87 +58,103 @@ struct Ring {
 // What a thread has yet to load: all tiles of a row, those again that will have left the ring, and on to its next row.
 struct Loader {
   Ring ring;
-  int64 row;
   int tiles, again;  // of each row
-  int next;
+  int64 row;
+  int next;     // of the row's loads
+  Share share;  // of the row
 
-  __device__ __forceinline__ void load(const Params& params, int slot, int thread) {
-    if (row < params.rows) {
-      const int tile = next < tiles ? next : next - tiles;
-      ring.load(slot, share_of(params, row, 0, thread), tile * kStep);
-    }
+  __device__ __forceinline__ void load(const Params& params, int slot) {
+    const int tile = next < tiles ? next : next - tiles;
+    ring.load(slot, share, tile * kStep);  // nothing where there is no row
     close_group();
     if (++next == tiles + again) {
       next = 0;
       row += gridDim.x / kCluster;
+      share = share_of(params, row, 0, share.thread);
     }
   }
 };
 
-// Joins the states of all threads of a cluster; all of them get the result. The parity of a thread's rows keeps the states
-// of a row from those of the next, which other warps and blocks may already send.
-__device__ __forceinline__ State merge_cluster_row(State state, int parity) {
-  constexpr int kStates = kCluster * kWarps;
-  __shared__ State states_smem[2][kStates];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int mask = 1; mask < 32; mask *= 2) state.merge(exchange(state, mask));
-  State* mine = &states_smem[parity][blockIdx.x % kCluster * kWarps + warp];
-  if constexpr (kCluster > 1) {
-    if (lane < kCluster) store_to_block(mine, lane, state);
-    cluster_arrive();
-    cluster_wait();  // all warps of all blocks have sent theirs
-  } else {
-    if (lane == 0) *mine = state;
-    __syncthreads();  // all warps have written theirs
+// Waits until all but the latest `groups` groups are here, at most kMost.
+template <int kMost> __device__ __forceinline__ void wait_for_all_but(int groups) {
+  if (groups >= kMost) {
+    wait_for_groups<kMost>();
+  } else if constexpr (kMost > 0) {
+    wait_for_all_but<kMost - 1>(groups);
   }
-  state = states_smem[parity][lane % kStates];
-#pragma unroll
-  for (int i = 32; i < kStates; i += 32) state.merge(states_smem[parity][i + lane]);
-#pragma unroll
-  for (int mask = 1; mask < kStates && mask < 32; mask *= 2) state.merge(exchange(state, mask));
-  return state;
 }
+
+// Joins the states of all threads of a cluster, row after row.
+struct Exchange {
+  static constexpr int kStates = kCluster * kWarps;
+  State states[2][kStates];  // for even and odd rows: when a warp has all states of a row, all warps have read the last one's
+  Mailbox mailboxes[2];
+
+  // All threads get the result. Rows are counted from 0.
+  __device__ __forceinline__ State merge(State state, int row) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, odd = row & 1;
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) state.merge(exchange(state, mask));
+    State* mine = &states[odd][blockIdx.x % kCluster * kWarps + warp];
+    if constexpr (kCluster > 1) {
+      if (threadIdx.x == 0) mailboxes[odd].expect(sizeof(states[odd]));
+      if (lane < kCluster) send(state, mine, &mailboxes[odd], lane);
+      mailboxes[odd].wait(row >> 1 & 1);
+    } else {
+      if (lane == 0) *mine = state;
+      __syncthreads();  // all warps have written theirs
+    }
+    state = states[odd][lane % kStates];
+#pragma unroll
+    for (int i = 32; i < kStates; i += 32) state.merge(states[odd][i + lane]);
+#pragma unroll
+    for (int mask = 1; mask < kStates && mask < 32; mask *= 2) state.merge(exchange(state, mask));
+    return state;
+  }
+};
 
 extern "C" __global__ void CLUSTER_OF(kCluster) __launch_bounds__(kThreads, kBlocks)
     softmax_kept_rows(const __grid_constant__ Params params) {
   extern __shared__ Loaded ring_smem[];
-  const int thread = threadIdx.x + blockIdx.x % kCluster * kThreads;
-  const int tiles = int((params.columns + (kRagged ? kVector - 1 : 0) + kStep - 1) / kStep);
-  const int kept = min_of(tiles, kSlots);
-  int64 row = blockIdx.x / kCluster;
-  Loader loader = {{ring_smem}, row, tiles, tiles - kept, 0};
-  for (int slot = 0; slot < kSlots; ++slot) loader.load(params, slot, thread);
+  __shared__ Exchange exchange_smem;
   if constexpr (kCluster > 1) {
+    if (threadIdx.x == 0) {
+      exchange_smem.mailboxes[0].init();
+      exchange_smem.mailboxes[1].init();
+    }
     cluster_arrive();
-    cluster_wait();  // only a block that runs can be sent states
   }
+  const int tiles = int((params.columns + (kRagged ? kVector - 1 : 0) + kStep - 1) / kStep);
+  const int kept = min_of(tiles, kSlots), early = tiles - kept;  // early tiles leave the ring, and are loaded again
+  int64 row = blockIdx.x / kCluster;
+  Share share = share_of(params, row, 0, threadIdx.x + blockIdx.x % kCluster * kThreads);
+  Loader loader = {{ring_smem}, tiles, early, row, 0, share};
+  for (int slot = 0; slot < kSlots; ++slot) loader.load(params, slot);
+  if constexpr (kCluster > 1) cluster_wait();  // all blocks run, and their mailboxes are open
 
-  int slot = 0, parity = 0;
-  for (; row < params.rows; row += gridDim.x / kCluster, parity ^= 1) {
-    const Share share = share_of(params, row, 0, thread);
+  int slot = 0;
+  for (int number = 0; row < params.rows; ++number) {
     State own = State::empty();
     for (int t = 0; t < tiles; ++t) {
-      wait_for_groups<kSlots - 1>();  // every step closes one group: the tile of this step is the oldest but those
-      Tile tile = loader.ring.read(slot, share, t * kStep);
-      Operation::take(own, tile.x, tile.beside, tile.present);
-      if (t < tiles - kept) {
-        loader.load(params, slot, thread);
-      } else {
-        close_group();
-      }
+      wait_for_all_but<kSlots - 1>(kSlots - 1 - max_of(t - early, 0));  // as many were loaded after this one
+      const Tile tile = loader.ring.read(slot);
+      Operation::take(own, tile.x, tile.beside, kAll);
+      if (t < early) loader.load(params, slot);
       slot = slot + 1 == kSlots ? 0 : slot + 1;
     }
-    const Operation::Answers answers(merge_cluster_row(own, parity));
+    const Operation::Answers answers(exchange_smem.merge(own, number));
     slot = slot >= kept ? slot - kept : slot - kept + kSlots;
     for (int i = 0; i < tiles; ++i) {
-      const int t = i < kept ? tiles - kept + i : i - kept;
-      wait_for_groups<kSlots - 1>();
-      Tile tile = loader.ring.read(slot, share, t * kStep);
+      const int64 start = (i < kept ? early + i : i - kept) * kStep;
+      if (i >= kept) wait_for_groups<kSlots - 1>();  // those that were kept have been here before
+      Tile tile = loader.ring.read(slot);
       answers.answer(tile.x, tile.beside);
-      store_tile(params, share, t * kStep, tile);  // where this thread read: out may be x
-      loader.load(params, slot, thread);
+      store_tile(params, share, start, tile);  // where this thread read: out may be x
+      loader.load(params, slot);
       slot = slot + 1 == kSlots ? 0 : slot + 1;
     }
+    row += gridDim.x / kCluster;
+    share = share_of(params, row, 0, share.thread);
   }
+  // No block ends while another may send to it: it has had all states of its last row.
 }

@@ -47,19 +47,24 @@ __device__ __forceinline__ int64 row_offset(const Params& params, int64 row, con
   return offset<kOuterAxes>(Index(row), params.outer, strides.outer);
 }
 
-// One load of a vector, of which there are the elements whose bits are set: all or none of them unless it is kRagged.
+// One load of a vector, of which there are the elements whose bits are set: all or none of them unless it is kRagged. The
+// others are `absent`, and were so before the load: a choice after it would wait for it.
 template <int N, bool kRagged = false>
-__device__ __forceinline__ void load(const Element* from, uint32 present, Vector<Element, N>& to) {
+__device__ __forceinline__ Vector<Element, N> load(const Element* from, uint32 present, Score absent) {
+  Vector<Element, N> vector;
+#pragma unroll
+  for (int i = 0; i < N; ++i) vector.at[i] = narrow<Element>(absent);
   if constexpr (kRagged) {
     if (present != (1u << N) - 1) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (present >> i & 1) to.at[i] = from[i];
+        if (present >> i & 1) vector.at[i] = from[i];
       }
-      return;
+      return vector;
     }
   }
-  if (present) to = *reinterpret_cast<const Vector<Element, N>*>(from);
+  if (present) vector = *reinterpret_cast<const Vector<Element, N>*>(from);
+  return vector;
 }
 
 template <int N, bool kRagged = false>

@@ -78,11 +78,9 @@ struct Present {
   }
 };
 
-__device__ __forceinline__ void widen_present(const Loaded& loaded, uint32 present, Score absent, Score* to) {
+__device__ __forceinline__ void widen_vector(const Loaded& loaded, Score* to) {
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    to[i] = (kRagged ? present >> i & 1 : present != 0) ? widen(loaded.at[i]) : absent;
-  }
+  for (int i = 0; i < kVector; ++i) to[i] = widen(loaded.at[i]);
 }
 
 __device__ __forceinline__ Tile load_tile(const Params& params, const Share& share, int64 start) {
@@ -94,12 +92,11 @@ __device__ __forceinline__ Tile load_tile(const Params& params, const Share& sha
     const int64 at = share.column(start, v);
     const uint32 bits = present.bits(v);
     tile.present |= bits << (v * kVector);
-    Loaded loaded;
-    load<kVector, kRagged>(share.x + share.along(params, at, params.x_strides), bits, loaded);
-    widen_present(loaded, bits, Operation::absent(), tile.x + v * kVector);
+    widen_vector(load<kVector, kRagged>(share.x + share.along(params, at, params.x_strides), bits, Operation::absent()),
+                 tile.x + v * kVector);
     if constexpr (kBeside) {
-      load<kVector, kRagged>(share.beside + share.along(params, at, params.weights_strides), bits, loaded);
-      widen_present(loaded, bits, 0, tile.beside + v * kVector);
+      widen_vector(load<kVector, kRagged>(share.beside + share.along(params, at, params.weights_strides), bits, 0),
+                   tile.beside + v * kVector);
     }
   }
   return tile;

@@ -1,18 +1,21 @@
 // Blocks of a cluster: neighbours on the grid that run at the same time and reach one another's shared memory (sm_90 and later).
-// PTX ISA, "Parallel Synchronization and Communication Instructions: barrier.cluster", and "Data Movement: mapa".
+// PTX ISA, "Parallel Synchronization and Communication Instructions": barrier.cluster and mbarrier; "Data Movement": mapa, st.async.
 #include "device/types.cuh"
 
-// Kernels that may run as clusters say CLUSTER_OF(kCluster) between __global__ and their name.
+// Kernels that may run as clusters say CLUSTER_OF(kCluster) between `void` and their name.
 #if __CUDA_ARCH__ >= 900
 #define CLUSTER_OF(blocks) __cluster_dims__(blocks, 1, 1)
 #else
 #define CLUSTER_OF(blocks)
 #endif
 
-// Releases what this thread wrote to any block's shared memory; `cluster_wait` acquires what all threads released.
+__device__ __forceinline__ uint32 shared_address(const void* smem) { return uint32(__cvta_generic_to_shared(smem)); }
+
+// Of all threads of a cluster. An arrival waits for every store that the thread has made, to global memory too: for the
+// beginning of a kernel only.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;\n\tbarrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
@@ -21,17 +24,45 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// Writes a value to the place in another block's shared memory where `mine` is in this block's.
-template <typename T> __device__ __forceinline__ void store_to_block(T* mine, int block, T value) {
+// In shared memory: tells the threads of a block that what other blocks send has come.
+struct Mailbox {
+  uint64 barrier;
+
+  __device__ __forceinline__ void init() {
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
+  }
+
+  // Said by one thread, once for each turn, before or after the first bytes of it have come.
+  __device__ __forceinline__ void expect(int bytes) {
 #if __CUDA_ARCH__ >= 900
-  static_assert(sizeof(T) % 4 == 0, "copied word by word");
-  const uint32 here = uint32(__cvta_generic_to_shared(mine));
-  uint32 there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes) : "memory");
+#endif
+  }
+
+  // Waits for the end of a turn, even or odd.
+  __device__ __forceinline__ void wait(int odd) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n\t.reg .pred done;\n"
+        "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+        "@!done bra again;\n\t}" ::"r"(shared_address(&barrier)), "r"(odd) : "memory");
+#endif
+  }
+};
+
+// Writes a value to the place in another block's shared memory where `mine` is in this block's, and tells its mailbox.
+template <typename T> __device__ __forceinline__ void send(const T& value, T* mine, Mailbox* mailbox, int block) {
+#if __CUDA_ARCH__ >= 900
+  static_assert(sizeof(T) % 4 == 0, "sent word by word");
+  uint32 to, told;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(mine)), "r"(block));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(told) : "r"(shared_address(mailbox)), "r"(block));
   const uint32* words = reinterpret_cast<const uint32*>(&value);
 #pragma unroll
   for (int i = 0; i < int(sizeof(T) / 4); ++i) {
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there + 4 * i), "r"(words[i]) : "memory");
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to + 4 * i), "r"(words[i]),
+                 "r"(told)
+                 : "memory");
   }
 #endif
 }

@@ -268,6 +268,18 @@ def test_tokens_are_judged(bench):
     assert nucleus.tolist() == [True, True, False, False]
 
 
+@pytest.mark.parametrize("arch", [75, 80, 90, 120])
+def test_the_papers_kernels_compile_without_spills(bench, arch):
+    nvrtc = pytest.importorskip("cupy.cuda.nvrtc")
+    for k in (1, max(bench.paper.KS)):
+        source = f"constexpr int kTop = {k};\n{bench.paper.SOURCE.read_text()}"
+        program = nvrtc.createProgram(source, "paper.cu", (), ())
+        options = (f"-arch=sm_{arch}", "--std=c++17", "--ptxas-options=-v", "--no-cache")
+        nvrtc.compileProgram(program, options)
+        log = nvrtc.getProgramLog(program)
+        assert log.count(" 0 bytes spill stores") == log.count("bytes spill stores") == 6
+
+
 def test_large_arrays_repeat_their_numbers(bench, monkeypatch):
     monkeypatch.setattr(bench.timing, "DRAWN", 7)
     stopwatch = object.__new__(bench.timing.Stopwatch)

@@ -58,6 +58,10 @@ def test_top_k_out_of_range(xp, value):
     rejects(ValueError, "top_k", "from 1 to 4", value, logits=xp.zeros((3, 4)), top_k=value)
 
 
+def test_top_k_beyond_what_a_gpu_selects(cp):
+    rejects(ValueError, "top_k", "1024", 1025, 2000, logits=cp.zeros((3, 2000)), top_k=1025)
+
+
 @pytest.mark.parametrize("name", ["temperature", "top_p", "min_p"])
 @pytest.mark.parametrize("value", ["1", True, [1.0], 1j, np.ones(2)], ids=repr)
 def test_not_a_number(xp, name, value):

@@ -41,7 +41,7 @@ def test_plans_cover_all_rows_and_columns(dtype, rows, columns, aligned, filtere
     for plan in plans:
         c = dict(plan.kernel.constants)
         assert plan.threads == c["kThreads"]
-        assert plan.threads <= 256
+        assert plan.threads <= 512
         assert plan.threads % (c["kLanes"] * c.get("kWarps", 1)) == 0
         if c.get("kWarps", 1) > 1:
             assert (c["kLanes"], c["kThreads"]) == (32, 32 * c["kWarps"])

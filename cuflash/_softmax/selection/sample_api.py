@@ -13,6 +13,7 @@ from ... import arrays, tools
 from ...jit.launch import Plan
 from .. import check, checked
 from .sample_problem import Problem
+from .topk_api import MOST_ON_GPU
 
 
 def sample(
@@ -44,7 +45,7 @@ def sample(
         Divides the logits. At 0 the largest logit is taken, ties by lowest index, NaN counting as
         the largest, as in :func:`numpy.argmax`.
     top_k : int, optional
-        Keep only the `top_k` largest logits, ties by lowest index.
+        Keep only the `top_k` largest logits, ties by lowest index. On a GPU at most 1024, or all.
     top_p : float, optional
         Of those, keep only the most probable whose probabilities sum to `top_p`: a token stays if
         those before it, in descending order with ties by lowest index, have less than `top_p` of
@@ -100,7 +101,7 @@ def sample(
     --------
     >>> import numpy as np
     >>> import cuflash
-    >>> logits = np.log([[0.1, 0.2, 0.7], [0.5, 0.5, 0.0]])
+    >>> logits = np.log([[0.1, 0.2, 0.7], [0.5, 0.4, 0.1]])
     >>> cuflash.sample(logits, seed=7, temperature=0)
     array([2, 0])
 
@@ -177,6 +178,10 @@ def prepare(
             f"{native.shape} is empty"
         )
     k = None if top_k is None else _integer("top_k", top_k, 1, columns)
+    if caller.on_gpu and k is not None and MOST_ON_GPU < k < columns:
+        raise ValueError(
+            f"`top_k` must be at most {MOST_ON_GPU}, or all {columns}, on a GPU, not {top_k!r}"
+        )
     p = None if top_p is None else _real("top_p", top_p, 1, above=0)
     least = None if min_p is None else _real("min_p", min_p, 1)
     return (

@@ -58,6 +58,8 @@ def philox(counter: Array, key: Array) -> Array:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from cuflash._softmax.selection.sample_cpu import philox
     >>> words = philox(np.zeros(4, np.uint32), np.zeros(2, np.uint32))
     >>> [f"{word:08x}" for word in words]
     ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import cupy as cp
@@ -10,7 +12,7 @@ import numpy as np
 from ...gpu_arrays import capturing
 from ...jit import gpu, launch
 from ...jit.strides import address, fold
-from . import sample_plan, topk_gpu
+from . import sample_plan, topk_api, topk_gpu
 from .sample_problem import Problem
 
 # The kernels' Params, field by field (sample.cuh).
@@ -55,15 +57,21 @@ def sample(problem: Problem, logits: Any, out: Any) -> None:
 
 def plans(problem: Problem, logits: Any) -> list[launch.Plan]:
     """The launches of `sample`, without launching; `logits` are as they came."""
-    copies = () if logits.dtype == _dtype(problem) and in_place(problem, logits) else ("logits",)
-    x = matrix(problem, logits.astype(_dtype(problem), copy=False))
+    dtype = _dtype(problem)
+    if logits.dtype == dtype and in_place(problem, logits):
+        x = matrix(problem, logits)
+        copies: tuple[str, ...] = ()
+    else:
+        x = cp.ndarray((problem.rows, problem.columns), dtype)
+        copies = ("logits",)
     k = 1 if problem.greedy else problem.top_k
     if k is None:
         return list(_choose(problem, x, copies))
-    found = list(topk_gpu.plans(x, k))
-    if not problem.greedy:
-        found += _choose(problem, _temporary((problem.rows, k), x.dtype), copies)
-    return found
+    values, indices = (cp.ndarray((problem.rows, k), each) for each in (dtype, np.int64))
+    top = topk_api.Problem("topk", problem.dtype, problem.dtype, x.shape[:1], x.shape[1], k)
+    selection = topk_gpu.plans(top, topk_api.Operands(x, values, indices))
+    drawing = () if problem.greedy else _choose(problem, values, ())
+    return [*(dataclasses.replace(plan, copies=copies) for plan in selection), *drawing]
 
 
 def in_place(problem: Problem, logits: Any) -> bool:
@@ -134,9 +142,8 @@ def _aligned(x: Any) -> bool:
 
 def _temporary(shape: tuple[int, ...], dtype: Any) -> Any:
     """Memory of this call, or of the graph that captures it."""
-    dtype = np.dtype(dtype)
-    memory = launch.workspace(int(np.prod(shape)) * dtype.itemsize)
-    return cp.ndarray(shape, dtype, memory.data)
+    memory = launch.workspace(math.prod(shape) * np.dtype(dtype).itemsize)
+    return cp.ndarray(shape, dtype, None if memory is None else memory.data)
 
 
 def _dtype(problem: Problem) -> Any:

@@ -16,6 +16,7 @@ SUMS_THREADS = 256
 # Warps that hold a row at most. All of them work out the token; without filters two launches, and a
 # second read of one slice, cost less than that from 4,096 columns on.
 HELD_WARPS, HELD_WARPS_FILTERED = 4, 8
+JUDGING_WARPS = 16  # of a longer row, with filters
 
 
 @functools.lru_cache(maxsize=4096)
@@ -97,7 +98,7 @@ def _long(
         why=f"a warp for each of {slices} slices a row: one read",
         copies=copies,
     )
-    warps = HELD_WARPS_FILTERED if filtered else 1
+    warps = JUDGING_WARPS if filtered else 1
     threads = WARP * warps if filtered else THREADS
     constants = {"kWarps": warps, "kThreads": threads}
     again = columns if filtered else vectors * WARP * _vector(dtype)

@@ -252,7 +252,8 @@ def test_steps_of_one_row_are_independent(xp):
 @pytest.mark.parametrize("columns", [63, 1000, 4000, 10000, 40000])
 def test_numpy_and_cuda_draw_the_same(cp, columns, options):
     for dtype in DTYPES:
-        rows = np.stack([normal(columns, seed, dtype, 3.0) for seed in range(300)])
+        count = max(30, min(300, 300_000 // columns))
+        rows = np.stack([normal(columns, seed, dtype, 3.0) for seed in range(count)])
         want = cuflash.sample(rows, seed=9, offset=4, **options)
         got = cuflash.sample(cp.asarray(rows), seed=9, offset=4, **options).get()
         assert (got != want).mean() <= 0.01, dtype
@@ -260,7 +261,7 @@ def test_numpy_and_cuda_draw_the_same(cp, columns, options):
 
 @pytest.mark.parametrize("columns", [63, 3000, 70000])
 def test_the_same_bits_every_time(cp, columns):
-    x = cp.random.default_rng(0).standard_normal((64, columns), dtype=cp.float32)
+    x = cp.asarray(normal(64 * columns).reshape(64, columns))
     for options in ({}, {"top_p": 0.3}, {"top_k": 50, "top_p": 0.9}):
         tokens = {cuflash.sample(x, seed=2, **options).tobytes() for _ in range(50)}
         assert len(tokens) == 1
@@ -353,14 +354,15 @@ def undrawable(columns):
 def test_rows_without_a_distribution(xp, columns, options, monkeypatch):
     rows = undrawable(columns)
     for dtype in DTYPES:
-        x = xp.asarray(rows.astype(DTYPES[dtype]))
+        typed = rows.astype(DTYPES[dtype])
         for each in (1, 2, 3):
+            x = xp.asarray(typed[[0] * (each - 1) + [each]])
             if xp is not np:
                 monkeypatch.setenv("CUFLASH_CHECK", "1")
             with pytest.raises(ValueError, match=rf"`logits` must .* row \({each - 1},\)"):
-                cuflash.sample(x[[0] * (each - 1) + [each]], seed=0, **options)
+                cuflash.sample(x, seed=0, **options)
         if xp is not np:
             monkeypatch.delenv("CUFLASH_CHECK")
-            tokens = host(cuflash.sample(x, seed=0, **options))
+            tokens = host(cuflash.sample(xp.asarray(typed), seed=0, **options))
             assert (tokens[1:4] == -1).all()
             assert (tokens[[0, 4, 5]] >= 0).all()

@@ -147,16 +147,19 @@ def test_sums_take_one_launch_or_two(rows):
             assert [c["kJoins"] for c in flags] == [False, True][: len(plans)]
 
 
-def test_params_are_those_of_the_kernels():
-    for file, struct, dtype in (
-        ("loss.cu", "LossParams", loss_gpu.LOSS_PARAMS),
-        ("loss_backward.cu", "GradientParams", loss_gpu.GRADIENT_PARAMS),
+@pytest.mark.parametrize("accumulator", ["float32", "float64"])
+def test_params_are_those_of_the_kernels(accumulator):
+    numbers = np.dtype(accumulator).itemsize
+    for file, struct, of in (
+        ("loss.cu", "LossParams", loss_gpu.loss_params),
+        ("loss_backward.cu", "GradientParams", loss_gpu.gradient_params),
     ):
         source = resources.files("cuflash").joinpath(f"_softmax/{file}").read_text()
         body = re.search(rf"struct {struct} \{{(.*?)\n\}};", source, re.DOTALL)[1]
         names = re.findall(r"(\w+)(?:\[\w+\])?\s*[,;]", re.sub(r"//.*", "", body))
-        assert tuple(names) == dtype.names
-        assert f"sizeof({struct}) == {dtype.itemsize}" in source
+        assert tuple(names) == of(accumulator).names
+        size = re.search(rf"sizeof\({struct}\) == (\d+) \+ (\d) \* sizeof\(Score\)", source)
+        assert int(size[1]) + int(size[2]) * numbers == of(accumulator).itemsize
 
 
 # One of each form that the gradient's kernel can take, with what makes it largest.

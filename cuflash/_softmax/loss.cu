@@ -34,9 +34,9 @@ struct LossParams {
       loss_strides[kMaxAxes];
   int64 logits_step;  // from class to class
   int64 ignore_index;
-  float64 hit, share;  // the smoothed target's part of its class, and of every class; kSmoothed
+  Score hit, share;  // the smoothed target's part of its class, and of every class; kSmoothed
 };
-static_assert(sizeof(LossParams) == 288, "the host packs as many bytes");
+static_assert(sizeof(LossParams) == 272 + 2 * sizeof(Score), "the host packs as many bytes");
 
 __device__ __forceinline__ int64 row_offset(const LossParams& params, int64 row, const int64 (&strides)[kMaxAxes]) {
   return offset<kOuterAxes>(Index(row), params.outer, strides);
@@ -53,8 +53,8 @@ __device__ __forceinline__ Part part_of_row(const LossParams& params, int64 row)
   const Element* logits = params.logits + row_offset(params, row, params.logits_strides);
   Score loss = params.lse[row_offset(params, row, params.lse_strides)];
   if (kSmoothed) {
-    loss -= Score(params.hit) * widen(logits[target * params.logits_step]);
-    loss -= Score(params.share) * params.sums[row_offset(params, row, params.sums_strides)];
+    loss -= params.hit * widen(logits[target * params.logits_step]);
+    loss -= params.share * params.sums[row_offset(params, row, params.sums_strides)];
   } else {
     loss -= widen(logits[target * params.logits_step]);
   }

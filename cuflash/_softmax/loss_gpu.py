@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,59 +21,58 @@ from .loss_problem import BackwardOperands, Operands, Problem
 
 Arrays = dict[str, Any]
 
-# The kernels' Params, field by field (loss.cu, loss_backward.cu).
 _SIZES = (np.int64, MAX_AXES)
-LOSS_PARAMS = np.dtype(
-    [
-        ("logits", np.uint64),
-        ("targets", np.uint64),
-        ("lse", np.uint64),
-        ("sums", np.uint64),
-        ("loss", np.uint64),
-        ("parts", np.uint64),
-        ("rows", np.int64),
-        ("classes", np.int64),
-        ("outer", *_SIZES),
-        ("logits_strides", *_SIZES),
-        ("targets_strides", *_SIZES),
-        ("lse_strides", *_SIZES),
-        ("sums_strides", *_SIZES),
-        ("loss_strides", *_SIZES),
-        ("logits_step", np.int64),
-        ("ignore_index", np.int64),
-        ("hit", np.float64),
-        ("share", np.float64),
-    ],
-    align=True,
-)
-GRADIENT_PARAMS = np.dtype(
-    [
-        ("logits", np.uint64),
-        ("targets", np.uint64),
-        ("lse", np.uint64),
-        ("dloss", np.uint64),
-        ("count", np.uint64),
-        ("out", np.uint64),
-        ("rows", np.int64),
-        ("classes", np.int64),
-        ("outer", *_SIZES),
-        ("logits_strides", *_SIZES),
-        ("targets_strides", *_SIZES),
-        ("lse_strides", *_SIZES),
-        ("dloss_strides", *_SIZES),
-        ("out_strides", *_SIZES),
-        ("logits_step", np.int64),
-        ("out_step", np.int64),
-        ("chunk", np.int64),
-        ("chunks", np.int64),
-        ("ignore_index", np.int64),
-        ("number", np.float64),
-        ("divisor", np.float64),
-        ("at_target", np.float64),
-        ("elsewhere", np.float64),
-    ],
-    align=True,
-)
+
+
+@functools.cache
+def loss_params(accumulator: str) -> np.dtype[Any]:
+    """LossParams of loss.cu, field by field."""
+    return np.dtype(
+        [
+            *((name, np.uint64) for name in ("logits", "targets", "lse", "sums", "loss", "parts")),
+            ("rows", np.int64),
+            ("classes", np.int64),
+            ("outer", *_SIZES),
+            ("logits_strides", *_SIZES),
+            ("targets_strides", *_SIZES),
+            ("lse_strides", *_SIZES),
+            ("sums_strides", *_SIZES),
+            ("loss_strides", *_SIZES),
+            ("logits_step", np.int64),
+            ("ignore_index", np.int64),
+            ("hit", accumulator),
+            ("share", accumulator),
+        ],
+        align=True,
+    )
+
+
+@functools.cache
+def gradient_params(accumulator: str) -> np.dtype[Any]:
+    """GradientParams of loss_backward.cu, field by field."""
+    return np.dtype(
+        [
+            *((name, np.uint64) for name in ("logits", "targets", "lse", "dloss", "count", "out")),
+            ("rows", np.int64),
+            ("classes", np.int64),
+            ("outer", *_SIZES),
+            ("logits_strides", *_SIZES),
+            ("targets_strides", *_SIZES),
+            ("lse_strides", *_SIZES),
+            ("dloss_strides", *_SIZES),
+            ("out_strides", *_SIZES),
+            ("logits_step", np.int64),
+            ("out_step", np.int64),
+            ("chunk", np.int64),
+            ("chunks", np.int64),
+            ("ignore_index", np.int64),
+            ("number", accumulator),
+            ("divisor", accumulator),
+            ("at_target", accumulator),
+            ("elsewhere", accumulator),
+        ],
+        align=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def forward(asked: Problem, operands: Operands) -> None:
     folded = fit(asked, _forward_arrays(asked, operands), ("logits", "targets"))
     engine.forward(*_row_engine(asked, folded.arrays))
     planned = loss_plan.losses(asked, len(folded.outer), gpu.current(), folded.copies)
-    params = _packed(LOSS_PARAMS, asked, folded)
+    params = _packed(loss_params, asked, folded)
     params["hit"] = 1 - asked.label_smoothing
     params["share"] = asked.label_smoothing / asked.classes
     _launch_sums(planned, params)
@@ -107,11 +108,11 @@ def plans(asked: Problem, operands: Operands, converted: tuple[str, ...]) -> lis
 def backward(asked: Problem, operands: BackwardOperands) -> None:
     """Fill ``operands.out`` on CuPy's current stream."""
     folded, counting, planned = _plan_backward(asked, operands, ())
-    params = _packed(GRADIENT_PARAMS, asked, folded)
+    params = _packed(gradient_params, asked, folded)
     divisor: float = asked.rows if asked.reduction == "mean" else 1
     if counting:
         count = _workspace((), asked.accumulator)
-        of_count = _packed(LOSS_PARAMS, asked, folded)
+        of_count = _packed(loss_params, asked, folded)
         of_count["loss"] = address(count)
         _launch_sums(counting, of_count)
         params["count"] = address(count)
@@ -219,14 +220,17 @@ def _placement(name: str, folded: Folded) -> Placement:
     return Placement(folded.strides[name], (step,), array.itemsize, address(array) % 16)
 
 
-def _packed(params_dtype: Any, asked: Problem, folded: Folded) -> np.ndarray[Any, Any]:
+def _packed(
+    of: Callable[[str], np.dtype[Any]], asked: Problem, folded: Folded
+) -> np.ndarray[Any, Any]:
     """The argument of a kernel, as far as the arrays and their layout go."""
-    params = np.zeros(1, params_dtype)
+    params = np.zeros(1, of(asked.accumulator))
+    fields = params.dtype.names or ()
     for name, array in folded.arrays.items():
-        if name in params_dtype.fields:
+        if name in fields:
             params[name] = address(array)
             params[f"{name}_strides"] = _padded(folded.strides[name])
-            if f"{name}_step" in params_dtype.fields:
+            if f"{name}_step" in fields:
                 params[f"{name}_step"] = array.strides[-1] // array.itemsize
     params["rows"], params["classes"] = asked.rows, asked.classes
     params["outer"] = _padded(folded.outer)

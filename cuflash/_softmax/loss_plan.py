@@ -16,8 +16,8 @@ from .plan import SECTOR, WARP
 THREADS = 256  # a block
 ONE_BLOCK = 4096  # rows that one block adds up: a second launch would take longer
 ONE_BLOCK_THREADS = 1024
-# The gradient's registers a thread for logits in flight, and float32 loads; 64 registers in all, or 128 in
-# float64, so that 1024 or 512 threads a multiprocessor are there to hide the latency of memory.
+# The gradient's registers a thread for logits in flight, and loads, half as many in float64; 64
+# registers in all, or 128, so that 1024 or 512 threads a multiprocessor hide memory's latency.
 REGISTERS, LOADS = 16, 8
 BLOCKS = 4
 # Across rows a thread holds what it must know of each of its rows beside the bytes in flight.

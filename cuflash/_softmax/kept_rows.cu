@@ -9,12 +9,11 @@
 //   kSlots     tiles in a thread's ring
 constexpr int kSharing = kThreads * kCluster;
 #include "_softmax/rows.cuh"
+#include "_softmax/exchange.cuh"
 #include "device/async_copy.cuh"
-#include "device/cluster.cuh"
 
 static_assert(sizeof(Loaded) == 16, "copied asynchronously");
 
-constexpr int kWarps = kThreads / 32;
 constexpr int kOperands = 1 + kBeside;
 constexpr uint32 kAll = ~0u;  // the operations here need not know which elements are absent
 
@@ -84,53 +83,18 @@ template <int kMost> __device__ __forceinline__ void wait_for_all_but(int groups
   }
 }
 
-// Joins the states of all threads of a cluster, row after row.
-struct Exchange {
-  static constexpr int kStates = kCluster * kWarps;
-  State states[2][kStates];  // for even and odd rows: when a warp has all states of a row, all warps have read the last one's
-  Mailbox mailboxes[2];
-
-  // All threads get the result. Rows are counted from 0.
-  __device__ __forceinline__ State merge(State state, int row) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, odd = row & 1;
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) state.merge(exchange(state, mask));
-    State* mine = &states[odd][blockIdx.x % kCluster * kWarps + warp];
-    if constexpr (kCluster > 1) {
-      if (threadIdx.x == 0) mailboxes[odd].expect(sizeof(states[odd]));
-      if (lane < kCluster) send(state, mine, &mailboxes[odd], lane);
-      mailboxes[odd].wait(row >> 1 & 1);
-    } else {
-      if (lane == 0) *mine = state;
-      __syncthreads();  // all warps have written theirs
-    }
-    state = states[odd][lane % kStates];
-#pragma unroll
-    for (int i = 32; i < kStates; i += 32) state.merge(states[odd][i + lane]);
-#pragma unroll
-    for (int mask = 1; mask < kStates && mask < 32; mask *= 2) state.merge(exchange(state, mask));
-    return state;
-  }
-};
-
 extern "C" __global__ void CLUSTER_OF(kCluster) __launch_bounds__(kThreads, kBlocks)
     softmax_kept_rows(const __grid_constant__ Params params) {
   extern __shared__ Loaded ring_smem[];
   __shared__ Exchange exchange_smem;
-  if constexpr (kCluster > 1) {
-    if (threadIdx.x == 0) {
-      exchange_smem.mailboxes[0].init();
-      exchange_smem.mailboxes[1].init();
-    }
-    cluster_arrive();
-  }
+  exchange_smem.open();
   const int tiles = int((params.columns + (kRagged ? kVector - 1 : 0) + kStep - 1) / kStep);
   const int kept = min_of(tiles, kSlots), early = tiles - kept;  // early tiles leave the ring, and are loaded again
   int64 row = blockIdx.x / kCluster;
   Share share = share_of(params, row, 0, threadIdx.x + blockIdx.x % kCluster * kThreads);
   Loader loader = {{ring_smem}, tiles, early, row, 0, share};
   for (int slot = 0; slot < kSlots; ++slot) loader.load(params, slot);
-  if constexpr (kCluster > 1) cluster_wait();  // all blocks run, and their mailboxes are open
+  exchange_smem.join();
 
   int slot = 0;
   for (int number = 0; row < params.rows; ++number) {
@@ -156,5 +120,4 @@ extern "C" __global__ void CLUSTER_OF(kCluster) __launch_bounds__(kThreads, kBlo
     row += gridDim.x / kCluster;
     share = share_of(params, row, 0, share.thread);
   }
-  // No block ends while another may send to it: it has had all states of its last row.
 }

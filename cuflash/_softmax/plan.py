@@ -19,7 +19,8 @@ KEPT_TILE = 32  # bytes a thread takes at a time where rows are kept in shared m
 KEPT_SLICE = 64 * 1024  # bytes of a row a block keeps, if a cluster can be wide enough
 TILE_REGISTERS = 32  # in which a thread holds its part of a row, or of a tile of it
 COLUMNS_REGISTERS, COLUMNS_LOADS = 24, 16
-STREAM_REGISTERS, STREAM_LOADS = 16, 8  # the same where a row is not held: loads in flight
+COLUMNS_STREAM = 16  # registers
+STREAM_THREADS, STREAM_BYTES = 256, 64  # a block and a thread at a time, where a row is not held
 SECTOR = 32  # bytes: the least that device memory delivers
 LINE = 128  # bytes: what a warp's loads are best at
 LONG = 1024  # columns: a row that is worth reading beside its neighbours, however few
@@ -29,6 +30,8 @@ MOST_CLUSTER = 8  # blocks, on every GPU that has clusters
 MOST_SPLITS = 512  # parts of a row, whose states every warp of the second launch reads
 RESERVED = 5 * 1024  # bytes of shared memory of each block: for states, and by the driver
 
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+STREAM_LOADS = 8  # single elements need many registers for their addresses
 # Operation of a function, and numbers in the state of a row.
 OPERATIONS = {
     "softmax": ("Softmax", 2),
@@ -129,6 +132,9 @@ def _dense_rows(problem: Problem, layout: Layout, gpu: Gpu, vector: int, lead: i
     clusters = MOST_CLUSTER if gpu.arch >= 90 else 1
     if problem.rows * clusters < gpu.multiprocessors and parts > clusters:
         return _split_rows(problem, vector, MOST_THREADS, parts)
+    cluster = _power_of_two(-(-loads // (MOST_THREADS * _tile(problem, vector))))
+    if gpu.arch >= 90 and cluster <= MOST_CLUSTER:
+        return _cluster_rows(problem, vector, loads, max(cluster, min(parts, MOST_CLUSTER)))
     whole = vector * layout.x.itemsize == 16 and _dense(layout, _walked(problem, layout))
     if gpu.arch >= 80 and whole:
         return _kept_rows(problem, layout, gpu, vector, loads, parts)
@@ -172,7 +178,7 @@ def _streamed_rows(problem: Problem, gpu: Gpu, vector: int, loads: int, parts: i
         units = -(-problem.rows // (LEAST_THREADS // WARP))
         beside = ("kThreadsPerRow", WARP)
         return Sharing("rows", units, LEAST_THREADS, beside, vector, vectors, "a warp for each row")
-    threads = min(MOST_THREADS, max(LEAST_THREADS, _power_of_two(-(-loads // vectors))))
+    threads = min(STREAM_THREADS, max(LEAST_THREADS, _power_of_two(-(-loads // vectors))))
     beside = ("kThreadsPerRow", threads)
     if parts > 1:
         return _split_rows(problem, vector, threads, parts)
@@ -184,6 +190,24 @@ def _split_rows(problem: Problem, vector: int, threads: int, parts: int) -> Shar
     beside = ("kThreadsPerRow", threads)
     vectors = _streamed(problem, vector)
     return _split("rows", problem, problem.rows, threads, beside, vector, vectors, parts)
+
+
+def _cluster_rows(problem: Problem, vector: int, loads: int, cluster: int) -> Sharing:
+    """Rows that a cluster of blocks can hold in registers."""
+    cluster, threads = _power_of_two(cluster), MOST_THREADS
+    while threads > LEAST_THREADS and loads <= cluster * threads // 2:
+        threads //= 2
+    vectors = _power_of_two(-(-loads // (cluster * threads)))
+    return Sharing(
+        "cluster_rows",
+        problem.rows,
+        threads,
+        ("kCluster", cluster),
+        vector,
+        vectors,
+        f"{cluster} blocks for each row",
+        held=True,
+    )
 
 
 def _kept_rows(
@@ -253,7 +277,7 @@ def _columns(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
             if fills and problem.columns <= MOST_THREADS // lanes * most:
                 vectors = min(most, -(-problem.columns * lanes // MOST_THREADS))
                 return sharing(lanes, vectors, held=True)
-    vectors = _streamed(problem, vector)
+    vectors = min(STREAM_LOADS, max(1, COLUMNS_STREAM // registers))
     lanes = next(
         (one for one in _halves(widest, line) if units(one) >= 2 * gpu.multiprocessors), line
     )
@@ -302,12 +326,12 @@ def _plan(
     elements = problem.rows * problem.columns
     operand = elements * layout.x.itemsize
     kept = sharing.slots * sharing.threads * sharing.vectors * sharing.vector
-    cluster = sharing.beside[1] if sharing.slots else 1
+    cluster = sharing.beside[1] if sharing.beside[0] == "kCluster" else 1
     if problem.reduces or partial or finish:
         reads, how = 1.0, "one read"
     elif sharing.held:
         reads, how = 1.0, "held in registers"
-    elif kept * cluster >= problem.columns:
+    elif kept and kept * cluster >= problem.columns:
         reads, how = 1.0, "kept in shared memory"
     elif kept:
         reads = 2 - kept * cluster / problem.columns
@@ -354,7 +378,7 @@ def _kernel(
 ) -> Kernel:
     walked = _walked(problem, layout)
     stages = (("kHeld", sharing.held), ("kPartial", partial), ("kFinish", finish))
-    kind = (("kSlots", sharing.slots),) if sharing.slots else stages
+    kinds = {"cluster_rows": (), "kept_rows": (("kSlots", sharing.slots),)}
     return Kernel(
         file=f"_softmax/{sharing.kernel}.cu",
         entry=f"softmax_{sharing.kernel}",
@@ -375,7 +399,7 @@ def _kernel(
             sharing.beside,
             ("kVector", sharing.vector),
             ("kVectors", sharing.vectors),
-            *kind,
+            *kinds.get(sharing.kernel, stages),
         ),
     )
 
@@ -434,8 +458,8 @@ def _tile(problem: Problem, vector: int) -> int:
 
 def _streamed(problem: Problem, vector: int) -> int:
     """Loads that a thread has in flight on its way through a row that it does not hold."""
-    registers = vector * words(problem) * (1 + problem.weighted)
-    return min(STREAM_LOADS, max(1, STREAM_REGISTERS // registers))
+    nbytes = vector * ITEMSIZE[problem.dtype] * (1 + problem.weighted)
+    return min(STREAM_LOADS, max(1, STREAM_BYTES // nbytes))
 
 
 def words(problem: Problem) -> int:

@@ -1,4 +1,5 @@
-// What the sampling kernels share: a slice of a row in the registers of a group of lanes, and picking by cumulative mass.
+// What the sampling kernels share: a slice of a row in the registers of a group of lanes, and picking by cumulative
+// mass.
 //
 //   kLanes     lanes of a group, 1 to 32: each group has a slice
 //   kVectors   loads of 16 bytes that a lane makes of a slice
@@ -33,8 +34,8 @@ struct Token {
   Score score;
 };
 
-// The tokens of a row that may be drawn: those above `bound` in descending order, ties by lowest index, with an exponent of at
-// least `least`. Their weights are relative to `max`.
+// The tokens of a row that may be drawn: those above `bound` in descending order, ties by lowest index, with an
+// exponent of at least `least`. Their weights are relative to `max`.
 struct Drawable {
   Score max, scale, least;
   Token bound;
@@ -45,7 +46,8 @@ struct Drawable {
 
   __device__ __forceinline__ Score exponent(Score score) const { return (score - max) * scale; }
 
-  // `before` tells whether the score's column is ahead of the bound's. Comparisons say what is out, so that a NaN stays in.
+  // `before` tells whether the score's column is ahead of the bound's. Comparisons say what is out, so that a NaN
+  // stays in.
   __device__ __forceinline__ Score weight(Score score, bool before) const {
     const Score power = exponent(score);
     const bool out = score < bound.score || (score == bound.score && !before) || power < least;
@@ -83,8 +85,8 @@ template <typename T> __device__ __forceinline__ T fraction_of(T rest, T mass) {
   return min_of(max_of(rest / mass, T(0)), kBelowOne<T>);
 }
 
-// Goes through parts in order and stays with the one in which the target lies. A part without mass is never stayed with, and where
-// rounding leaves the target past all parts it is the last with any.
+// Goes through parts in order and stays with the one in which the target lies. A part without mass is never stayed
+// with, and where rounding leaves the target past all parts it is the last with any.
 template <typename T> struct Walk {
   T target;
   bool arrived = false;
@@ -129,8 +131,8 @@ template <typename T> __device__ __forceinline__ Pick<T> pick_lane(T mass, T fra
   return {total, lane, broadcast(fraction_of(target - begin, mass), lane)};
 }
 
-// A slice in registers. Slices begin at multiples of 16 bytes, so that every load is one vector: the first slice may begin
-// ahead of the row, and the last one ends behind it. What the row does not have is -inf there, and is not read.
+// A slice in registers. Slices begin at multiples of 16 bytes, so that every load is one vector: the first slice may
+// begin ahead of the row, and the last one ends behind it. What the row does not have is -inf there, and is not read.
 struct Slice {
   Score scores[kVectors][kVector];
   int64 first;  // the column of the lane's first element
@@ -199,8 +201,8 @@ struct Slice {
     return group_sum(mass);
   }
 
-  // The token at `fraction` of the mass that was measured, which must not be 0: the vectors' masses lead to a vector of all lanes,
-  // the lanes' to a lane, and the elements' to an element.
+  // The token at `fraction` of the mass that was measured, which must not be 0: the vectors' masses lead to a vector
+  // of all lanes, the lanes' to a lane, and the elements' to an element.
   __device__ __forceinline__ Token find(double fraction) const {
     Score vectors[kVectors];
     double total = 0;
@@ -231,7 +233,8 @@ struct Slice {
   }
 
  private:
-  // How far the bound's column is ahead, in 32 bits, which compare at once. A column outside of the slice stays on its side.
+  // How far the bound's column is ahead, in 32 bits, which compare at once. A column outside of the slice stays on
+  // its side.
   __device__ __forceinline__ int ahead() const {
     return int(min_of(max_of(drawable.bound.column - first, int64(-1)), int64(kSlice)));
   }

@@ -1,5 +1,6 @@
-// The second of two kernels for long rows: draws the tokens, from the pairs that sample_sums left. Without a filter a warp has a
-// row, and reads one slice of it again. With one a block has a row, and reads it once more for each token that it has to judge.
+// The second of two kernels for long rows: draws the tokens, from the pairs that sample_sums left. Without a filter a
+// warp has a row, and reads one slice of it again. With one a block has a row, and reads it once more for each token
+// that it has to judge.
 //
 //   kWarps  warps of a row
 #include "_softmax/selection/sample_rounds.cuh"

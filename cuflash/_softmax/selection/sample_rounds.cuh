@@ -1,9 +1,10 @@
 // Drawing a row's token, with or without filters, from a Row that knows where its slices are.
 //
-// A token drawn from everything is kept if the filters admit it; if not, the next is drawn from the tokens above it. Each set that
-// is drawn from holds all admitted tokens, because one that was turned down has only tokens that are no better below it; so a
-// token that is kept was drawn by its weight from the admitted ones. A round keeps the token with a probability of at least
-// top_p, or leaves a smaller set, in which the most probable token remains; that one is always kept, so the rounds end.
+// A token drawn from everything is kept if the filters admit it; if not, the next is drawn from the tokens above it.
+// Each set that is drawn from holds all admitted tokens, because the filters turn down whatever is below a token that
+// they turn down; so the token that is kept was drawn by its weight from the admitted ones, which is their
+// distribution. A draw from all that top_p has to judge is kept with a probability of at least top_p; one that is not
+// leaves a smaller set, in which the most probable token remains. That one is always kept, so the rounds end.
 #include "_softmax/selection/philox.cuh"
 #include "_softmax/selection/sample.cuh"
 

@@ -1,10 +1,10 @@
-// Draws the tokens of rows that stay in registers: one launch, and every logit is read once. A group of lanes has a short row, so
-// that a warp has several; a block of a few warps has a longer one, each warp a slice.
+// Draws the tokens of rows that stay in registers: one launch, and every logit is read once. A group of lanes has a
+// short row, so that a warp has several; a block of a few warps has a longer one, each warp a slice.
 //
 //   kWarps  warps of a row
 #include "_softmax/selection/sample_rounds.cuh"
 
-static_assert(kWarps == 1 || (kLanes == 32 && kThreads == 32 * kWarps), "several warps for a row mean a block for a row");
+static_assert(kWarps == 1 || (kLanes == 32 && kThreads == 32 * kWarps), "several warps for a row are a block");
 
 struct Shared {
   Pair slices[kWarps];
@@ -40,7 +40,9 @@ struct HeldRow {
     return shared.token;
   }
 
-  __device__ __forceinline__ void measure(const Drawable& drawable) { publish({drawable.max, slice.measure(drawable)}); }
+  __device__ __forceinline__ void measure(const Drawable& drawable) {
+    publish({drawable.max, slice.measure(drawable)});
+  }
 
  private:
   __device__ __forceinline__ void publish(Pair pair) {

@@ -1,5 +1,5 @@
-// The first of two kernels for long rows: the pair (m, d) of every slice of every row. A warp takes a slice, all of it in flight at
-// once, so that a few long rows fill the GPU and neighbouring warps read what lies side by side.
+// The first of two kernels for long rows: the pair (m, d) of every slice of every row. A warp takes a slice, all of
+// it in flight at once, so that a few long rows fill the GPU and neighbouring warps read what lies side by side.
 #include "_softmax/selection/sample.cuh"
 
 static_assert(kLanes == 32, "a warp has a slice");

@@ -48,9 +48,9 @@ def merge(x: Array, kept: Array, start: int, width: int, k: int) -> Array:
     return np.take_along_axis(candidates, first, axis=-1)
 
 
-def order(x: Array) -> Array:
+def order(x: Any) -> Array:
     """Unsigned integers that grow with x, the kernels' keys: NaN is the largest, and -0 is 0."""
-    wide = x.astype(np.float64 if x.dtype == np.float64 else np.float32) + 0.0  # -0 + 0 is 0
+    wide: Any = x.astype(np.float64 if x.dtype == np.float64 else np.float32) + 0.0  # -0 + 0 is 0
     bits = wide.view(f"u{wide.itemsize}")
     sign = bits.dtype.type(1 << (8 * wide.itemsize - 1))
     growing = np.where(bits & sign, ~bits, bits | sign)

@@ -1,0 +1,63 @@
+// The order of a row's elements: by value, NaN the largest and -0 equal to 0, and then by column, the lowest first.
+#include "device/types.cuh"
+
+using Score = Accumulator<Element>;
+
+template <typename Score> struct OrderOf { using type = uint32; };
+template <> struct OrderOf<double> { using type = uint64; };
+using Order = OrderOf<Score>::type;
+
+// An unsigned integer that grows with x, at least 1. No arithmetic touches x, which would flush subnormal values to 0.
+__device__ __forceinline__ uint32 order(float x) {
+  const uint32 sign = 0x80000000, bits = __float_as_uint(x), magnitude = bits & ~sign;
+  if (magnitude > 0x7f800000) return ~0u;
+  if (magnitude == 0) return sign;
+  return bits & sign ? ~bits : bits | sign;
+}
+__device__ __forceinline__ uint64 order(double x) {
+  const uint64 sign = 1ull << 63, bits = uint64(__double_as_longlong(x)), magnitude = bits & ~sign;
+  if (magnitude > 0x7ffull << 52) return ~0ull;
+  if (magnitude == 0) return sign;
+  return bits & sign ? ~bits : bits | sign;
+}
+
+// Its inverse, NaN for what no number is ordered as.
+__device__ __forceinline__ float score_of(uint32 order) {
+  const uint32 sign = 0x80000000;
+  return __uint_as_float(order & sign ? order ^ sign : ~order);
+}
+__device__ __forceinline__ double score_of(uint64 order) {
+  const uint64 sign = 1ull << 63;
+  return __longlong_as_double(int64(order & sign ? order ^ sign : ~order));
+}
+
+// Greater, or not comparable; without .ftz, as order() has it. PTX ISA, "Comparison and Selection Instructions: setp".
+__device__ __forceinline__ bool exceeds(float x, float bound) {
+  uint32 yes;
+  asm("{ .reg .pred p; setp.gtu.f32 p, %1, %2; selp.u32 %0, 1, 0, p; }" : "=r"(yes) : "f"(x), "f"(bound));
+  return yes;
+}
+__device__ __forceinline__ bool exceeds(double x, double bound) { return !(x <= bound); }
+
+// The larger, NaN above all. PTX ISA, "Floating Point Instructions: max".
+__device__ __forceinline__ float larger(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+#else
+  return order(a) > order(b) ? a : b;
+#endif
+}
+__device__ __forceinline__ double larger(double a, double b) { return b <= a || a != a ? a : b; }
+
+// An element's place in the order: no two elements of a row have the same.
+struct alignas(2 * sizeof(Order)) Key {
+  Order value;
+  uint32 rank;  // the column's complement; 0 for no element
+
+  // Whether the element comes first, or is at the threshold itself.
+  __device__ __forceinline__ bool reaches(Order threshold, uint32 least_rank) const {
+    return value > threshold || (value == threshold && rank >= least_rank);
+  }
+};

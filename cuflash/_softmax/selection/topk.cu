@@ -1,8 +1,8 @@
 // topk and softmax_topk: the k largest elements of each row, sorted, in one read of x (Milakov and Gimelshein,
 // Algorithm 4).
 //
-// Each row, or each of `slices` parts of it, is read chunk by chunk. Instead of k + 1 sorted elements there are a bound,
-// which k elements so far are at least equal to, and a buffer of those that were above the bound. Later elements that only
+// Each row, or each of `slices` parts of it, is read chunk by chunk. Instead of k + 1 sorted elements there are a bound
+// that k elements so far are at least equal to, and a buffer of those that were above the bound. Later elements that only
 // equal the bound have higher columns and come too late. When the buffer would overflow, the bound is raised: to the k-th
 // largest candidate, and to the k-th largest of the maxima that threads have of parts of the chunk.
 //
@@ -184,8 +184,8 @@ struct Search {
     return bits;
   }
 
-  // Raises the bound to the k-th largest of the maxima; returns the items that were above the bound and reach it. They are
-  // in at most `most` parts.
+  // Raises the bound to the k-th largest of the maxima; returns the items that were above the bound and reach it. They
+  // are in at most `most` parts.
   __device__ __forceinline__ uint32 tighten(const Chunk& chunk, const Score (&maxima)[kMaxima], int64 at) {
     const Places places;
     Order values[kMaxima];

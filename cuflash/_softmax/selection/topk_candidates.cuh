@@ -1,5 +1,5 @@
-// The candidates of a row: keys in shared memory, among them the k largest of what has been read. All threads of the row
-// take part in everything here: a warp, or the whole block.
+// The candidates of a row: keys in shared memory, among them the k largest of what has been read. All threads of the
+// row take part in everything here: a warp, or the whole block.
 #include "_softmax/selection/topk_keys.cuh"
 
 constexpr bool kWarpPerRow = kThreadsPerRow == 32;
@@ -22,8 +22,8 @@ __device__ __forceinline__ bool any_in_row(bool yes) {
   return kWarpPerRow ? __any_sync(0xffffffff, yes) : __syncthreads_or(yes);
 }
 
-// A threshold that at least k reach, and at most `most` if there is one, found bit by bit from the top. `count(bits)` tells
-// all threads how many reach `bits`; `reached` is how many reach 0, and then the answer.
+// A threshold that at least k reach, and at most `most` if there is one, found bit by bit from the top. `count(bits)`
+// tells all threads how many reach `bits`; `reached` is how many reach 0, and then the answer.
 template <typename Bits, typename Count>
 __device__ __forceinline__ Bits select(int k, int most, int& reached, Count count) {
   Bits threshold = 0;
@@ -45,7 +45,7 @@ struct Candidates {
   // Places for n keys of each thread; the first of this thread's. A barrier must follow.
   __device__ __forceinline__ int reserve(int n) { return n > 0 ? atomicAdd(&held, n) : 0; }
 
-  // Drops all but the k largest, or a few more, at most `most`, of n. Returns a value that k of them are at least equal to.
+  // Drops all of n but the k largest, or a few more, at most `most`. Returns a value that k are at least equal to.
   __device__ __forceinline__ Order shrink(int n, int k, int most) {
     const int thread = thread_of_row();
     const auto count = [&](Order value, uint32 rank) {
@@ -58,7 +58,8 @@ struct Candidates {
       return reached;
     };
     int reached = n;
-    const Order value = select<Order>(k, most, reached, [&](Order trial) { return count(trial, 0); });
+    const Order value =
+        select<Order>(k, most, reached, [&](Order trial) { return count(trial, 0); });
     const uint32 rank =
         select<uint32>(k, most, reached, [&](uint32 trial) { return count(value, trial); });
     if (thread == 0) held = 0;  // which no one has read since a barrier

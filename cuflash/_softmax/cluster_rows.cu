@@ -1,21 +1,41 @@
-// softmax, log_softmax and their backward passes for rows that a cluster of blocks holds in registers: one read, one write.
+// Rows that a cluster of blocks shares: held in registers by operations that give an answer for each element, one read and one
+// write; read once, however long, by those that reduce.
 //
 //   kCluster   blocks that share a row, and exchange states only; sm_90 and later
 constexpr int kSharing = kThreads * kCluster;
 #include "_softmax/rows.cuh"
 #include "_softmax/exchange.cuh"
 
+template <typename Operation> __device__ __forceinline__ void reduce(const Params& params, const Share& share, Exchange& exchange) {
+  State own = State::empty();
+  for (int64 start = 0; start < share.end; start += kStep) {
+    Tile tile = load_tile(params, share, start);
+    Operation::take(own, tile.x, tile.beside, tile.present);
+  }
+  exchange.join();
+  const State state = exchange.merge(own, 0);
+  if (share.thread == 0) Operation::write(params, blockIdx.x / kCluster, state);
+}
+
+template <typename Operation> __device__ __forceinline__ void map(const Params& params, Share share, Exchange& exchange) {
+  Tile tile = load_tile(params, share, 0);
+  State own = State::empty();
+  Operation::take_held(own, tile.x, tile.beside, tile.present);
+  exchange.join();
+  const typename Operation::Answers answers(exchange.merge(own, 0));
+  answers.answer_held(own, tile.x, tile.beside);
+  share.thread = recomputed(share.thread);  // the scores need the registers that addresses would be kept in
+  store_tile(params, share, 0, tile);
+}
+
 extern "C" __global__ void CLUSTER_OF(kCluster) __launch_bounds__(kThreads, kBlocks)
     softmax_cluster_rows(const __grid_constant__ Params params) {
   __shared__ Exchange exchange_smem;
   exchange_smem.open();
-  Share share = share_of(params, blockIdx.x / kCluster, 0, threadIdx.x + blockIdx.x % kCluster * kThreads);
-  Tile tile = load_tile(params, share, 0);
-  State own = State::empty();
-  Operation::take_held(own, tile.x, tile.beside, tile.present);
-  exchange_smem.join();
-  const Operation::Answers answers(exchange_smem.merge(own, 0));
-  answers.answer_held(own, tile.x, tile.beside);
-  share.thread = recomputed(share.thread);  // the scores need the registers that addresses would be kept in
-  store_tile(params, share, 0, tile);
+  const Share share = share_of(params, blockIdx.x / kCluster, 0, threadIdx.x + blockIdx.x % kCluster * kThreads);
+  if constexpr (kReduces) {
+    reduce<Operation>(params, share, exchange_smem);
+  } else {
+    map<Operation>(params, share, exchange_smem);
+  }
 }

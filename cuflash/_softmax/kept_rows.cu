@@ -25,22 +25,32 @@ struct Ring {
     return smem[((slot * kOperands + operand) * kVectors + vector) * kThreads + threadIdx.x];
   }
 
+  // Starts to load a tile; vectors of which the row has a part are there at once.
   __device__ __forceinline__ void load(int slot, const Share& share, int64 start) const {
     const Present present(share, start);
+    const Element* x = share.x + share.column(start, 0);
+    const Element* beside = share.beside + share.column(start, 0);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int64 column = share.column(start, v);
-      load_vector(present.bits(v), share.x + column, Operation::absent(), at(slot, 0, v));
-      if constexpr (kBeside) load_vector(present.bits(v), share.beside + column, 0, at(slot, 1, v));
+      const uint32 bits = present.bits(v);
+      const int next = v * kSharing * kVector;
+      if (bits == Present::kWhole) {
+        copy_async(&at(slot, 0, v), x + next);
+        if constexpr (kBeside) copy_async(&at(slot, 1, v), beside + next);
+      } else {
+        at(slot, 0, v) = part(x + next, bits, Operation::absent());
+        if constexpr (kBeside) at(slot, 1, v) = part(beside + next, bits, 0);
+      }
     }
   }
 
-  static __device__ __forceinline__ void load_vector(uint32 present, const Element* from, Score absent, Loaded& to) {
-    if (present == (1u << kVector) - 1) {
-      copy_async(&to, from);
-    } else {
-      to = ::load<kVector, kRagged>(from, present, absent);
+  static __device__ __forceinline__ Loaded part(const Element* from, uint32 bits, Score absent) {
+    Loaded loaded = filled<kVector>(absent);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (bits >> i & 1) loaded.at[i] = from[i];
     }
+    return loaded;
   }
 
   __device__ __forceinline__ Tile read(int slot) const {

@@ -47,39 +47,24 @@ __device__ __forceinline__ int64 row_offset(const Params& params, int64 row, con
   return offset<kOuterAxes>(Index(row), params.outer, strides.outer);
 }
 
-// One load of a vector, of which there are the elements whose bits are set: all or none of them unless it is kRagged. The
-// others are `absent`, and were so before the load: a choice after it would wait for it.
-template <int N, bool kRagged = false>
-__device__ __forceinline__ Vector<Element, N> load(const Element* from, uint32 present, Score absent) {
+// N elements that are `absent` until something is loaded over them: a choice after a load would wait for it.
+template <int N> __device__ __forceinline__ Vector<Element, N> filled(Score absent) {
   Vector<Element, N> vector;
 #pragma unroll
   for (int i = 0; i < N; ++i) vector.at[i] = narrow<Element>(absent);
-  if constexpr (kRagged) {
-    if (present != (1u << N) - 1) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (present >> i & 1) vector.at[i] = from[i];
-      }
-      return vector;
-    }
-  }
+  return vector;
+}
+
+// One load of a whole vector, if there is one.
+template <int N> __device__ __forceinline__ Vector<Element, N> load(const Element* from, bool present, Score absent) {
+  Vector<Element, N> vector = filled<N>(absent);
   if (present) vector = *reinterpret_cast<const Vector<Element, N>*>(from);
   return vector;
 }
 
-template <int N, bool kRagged = false>
-__device__ __forceinline__ void store(const Score* from, uint32 present, Result* to) {
+template <int N> __device__ __forceinline__ void store(const Score* from, bool present, Result* to) {
   Vector<Result, N> vector;
 #pragma unroll
   for (int i = 0; i < N; ++i) vector.at[i] = narrow<Result>(from[i]);
-  if constexpr (kRagged) {
-    if (present != (1u << N) - 1) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (present >> i & 1) to[i] = vector.at[i];
-      }
-      return;
-    }
-  }
   if (present) *reinterpret_cast<Vector<Result, N>*>(to) = vector;
 }

@@ -79,13 +79,17 @@ __device__ __forceinline__ void load_rows(const GradientParams& params, int64 ro
   }
 }
 
+constexpr uint32 kWhole = (1u << kVector) - 1;
+
 // Which elements of the vector at `at` there are, one bit for each, of a row whose classes are from `lead` to before `end`.
 __device__ __forceinline__ uint32 present(Index at, Index lead, Index end) {
-  constexpr uint32 kAll = (1u << kVector) - 1;
-  if (!kRagged) return at < end ? kAll : 0;
+  if (!kRagged) return at < end ? kWhole : 0;
   const Index head = max_of(lead - at, Index(0)), tail = max_of(at + kVector - end, Index(0));
-  return head < kVector && tail < kVector ? (kAll << head) & (kAll >> tail) : 0;
+  return head < kVector && tail < kVector ? (kWhole << head) & (kWhole >> tail) : 0;
 }
+
+// Whether there is a part of a vector only, and element i in it.
+__device__ __forceinline__ bool part_has(uint32 bits, int i) { return bits != kWhole && bits >> i & 1; }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     cross_entropy_backward(const __grid_constant__ GradientParams params) {
@@ -113,7 +117,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int v = 0; v < kLoads; ++v) {
       const Index at = first + v * kPitch;
       const Element* from = logits + (kDense ? int64(at) : at * params.logits_step);
-      loaded[v] = load<kVector, kRagged>(from, present(at, lead, end), Score(0));
+      loaded[v] = load<kVector>(from, present(at, lead, end) == kWhole, Score(0));
+    }
+    // A vector at either end of a row may be in part another row's: after all loads, for a branch at each would part them.
+    const bool any_part = kRagged && (first < lead || first + Index((kLoads - 1) * kPitch + kVector) > end);
+    if (any_part) {
+#pragma unroll
+      for (int i = 0; i < kLoads * kVector; ++i) {
+        const Index at = first + i / kVector * kPitch;
+        if (part_has(present(at, lead, end), i % kVector)) loaded[i / kVector].at[i % kVector] = logits[at + i % kVector];
+      }
     }
 #pragma unroll
     for (int v = 0; v < kLoads; ++v) {  // what this thread has read: out may be the logits
@@ -123,7 +136,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int i = 0; i < kVector; ++i) {
         gradient[i] = rows[kAcross ? i : 0].gradient(params, widen(loaded[v].at[i]), kAcross ? at : at + i);
       }
-      store<kVector, kRagged>(gradient, present(at, lead, end), out + (kDense ? int64(at) : at * params.out_step));
+      const uint32 bits = present(at, lead, end);
+      store<kVector>(gradient, bits == kWhole, out + (kDense ? int64(at) : at * params.out_step));
+      if (any_part) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          if (part_has(bits, i)) out[at + i] = narrow<Result>(gradient[i]);
+        }
+      }
     }
   }
 }

@@ -12,6 +12,11 @@
 // `beside` are the elements of the second operand, with kBeside: logsumexp's weights, y of the backward passes.
 #include "_softmax/state.cuh"
 
+// The exponential of what is stored as an answer; in the precision of half of it the quicker one is exact.
+__device__ __forceinline__ Score answer_exp(Score x) {
+  return sizeof(Result) == 2 ? BaseE::exp_in_sum(x) : BaseE::exp(x);
+}
+
 struct Softmax {
   using State = Pair;
   static __device__ __forceinline__ Score absent() { return -infinity<Score>(); }
@@ -28,7 +33,7 @@ struct Softmax {
     const Score shift = BaseE::reference(pair.max);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      x[i] = BaseE::exp(x[i] - shift);
+      x[i] = answer_exp(x[i] - shift);
       pair.sum += x[i];
     }
   }
@@ -45,7 +50,7 @@ struct Softmax {
 
     template <int N> __device__ __forceinline__ void answer(Score (&x)[N], const Score (&)[N]) const {
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = BaseE::exp(x[i] - shift) * inverse;
+      for (int i = 0; i < N; ++i) x[i] = answer_exp(x[i] - shift) * inverse;
     }
 
     // The exponentials count from this thread's own maximum.

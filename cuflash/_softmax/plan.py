@@ -25,7 +25,8 @@ SECTOR = 32  # bytes: the least that device memory delivers
 LINE = 128  # bytes: what a warp's loads are best at
 LONG = 1024  # columns: a row that is worth reading beside its neighbours, however few
 RAGGED = 256  # columns: below, single elements are as fast as vectors with a head and a tail
-LEAST_PART = 8192  # bytes of a row: less is not worth another block
+CLUSTERED = 200_000  # columns: of longer rows, a sum is faster in two launches of all blocks
+LEAST_PART = 16384  # bytes of a row: less is not worth another block
 MOST_CLUSTER = 8  # blocks, on every GPU that has clusters
 MOST_SPLITS = 512  # parts of a row, whose states every warp of the second launch reads
 RESERVED = 5 * 1024  # bytes of shared memory of each block: for states, and by the driver
@@ -115,7 +116,10 @@ def _rows(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
     vector = _vector(problem, layout, layout.reduced[-1], along_rows=True)
     whole = _ragged_vector(problem, layout) if problem.columns > RAGGED else 1
     if whole > vector:
-        return dataclasses.replace(_dense_rows(problem, layout, gpu, whole, whole - 1), ragged=True)
+        sharing = _dense_rows(problem, layout, gpu, whole, whole - 1)
+        # Parts of vectors of 8 need more registers than two blocks leave.
+        blocks = 1 if whole == 8 and not sharing.blocks else sharing.blocks
+        return dataclasses.replace(sharing, ragged=True, blocks=blocks)
     return _dense_rows(problem, layout, gpu, vector, 0)
 
 
@@ -129,12 +133,11 @@ def _dense_rows(problem: Problem, layout: Layout, gpu: Gpu, vector: int, lead: i
         return _streamed_rows(problem, gpu, vector, loads, parts)
     if loads <= MOST_THREADS * _tile(problem, vector) and (parts == 1 or gpu.arch < 90):
         return _rows_of_a_block(problem, vector, loads)
-    clusters = MOST_CLUSTER if gpu.arch >= 90 else 1
-    if problem.rows * clusters < gpu.multiprocessors and parts > clusters:
-        return _split_rows(problem, vector, MOST_THREADS, parts)
     cluster = _power_of_two(-(-loads // (MOST_THREADS * _tile(problem, vector))))
     if gpu.arch >= 90 and cluster <= MOST_CLUSTER:
         return _cluster_rows(problem, vector, loads, max(cluster, min(parts, MOST_CLUSTER)))
+    if problem.rows * (MOST_CLUSTER if gpu.arch >= 90 else 1) < gpu.multiprocessors and parts > 1:
+        return _split_rows(problem, vector, MOST_THREADS, parts)
     whole = vector * layout.x.itemsize == 16 and _dense(layout, _walked(problem, layout))
     if gpu.arch >= 80 and whole:
         return _kept_rows(problem, layout, gpu, vector, loads, parts)
@@ -180,6 +183,17 @@ def _streamed_rows(problem: Problem, gpu: Gpu, vector: int, loads: int, parts: i
         return Sharing("rows", units, LEAST_THREADS, beside, vector, vectors, "a warp for each row")
     threads = min(STREAM_THREADS, max(LEAST_THREADS, _power_of_two(-(-loads // vectors))))
     beside = ("kThreadsPerRow", threads)
+    if gpu.arch >= 90 and parts > 1 and problem.columns <= CLUSTERED:
+        cluster = _power_of_two(min(parts, MOST_CLUSTER))
+        return Sharing(
+            "cluster_rows",
+            problem.rows,
+            MOST_THREADS,
+            ("kCluster", cluster),
+            vector,
+            vectors,
+            f"{cluster} blocks for each row",
+        )
     if parts > 1:
         return _split_rows(problem, vector, threads, parts)
     why = "a block for each row"

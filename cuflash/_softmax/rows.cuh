@@ -60,6 +60,8 @@ __device__ __forceinline__ Share share_of(const Params& params, int64 row, int64
 
 // Which elements of a thread's tile the row has, in few registers.
 struct Present {
+  static constexpr uint32 kWhole = (1u << kVector) - 1;
+
   int before, after;  // elements from where the tile begins to where the share does, and to where it ends
 
   __device__ __forceinline__ Present(const Share& share, int64 start) {
@@ -70,11 +72,27 @@ struct Present {
 
   // One bit for each element of a vector.
   __device__ __forceinline__ uint32 bits(int vector) const {
-    constexpr uint32 kAll = (1u << kVector) - 1;
     const int at = vector * kSharing * kVector;
-    if (!kRagged) return at < after ? kAll : 0;
+    if (!kRagged) return at < after ? kWhole : 0;
     const int head = max_of(before - at, 0), tail = max_of(at + kVector - after, 0);
-    return head < kVector && tail < kVector ? (kAll << head) & (kAll >> tail) : 0;
+    return head < kVector && tail < kVector ? (kWhole << head) & (kWhole >> tail) : 0;
+  }
+
+  __device__ __forceinline__ bool whole(int vector) const {
+    const int at = vector * kSharing * kVector;
+    return kRagged ? before <= at && at + kVector <= after : at < after;
+  }
+
+  // Whether the row has an element of a tile, but not all of the vector that it is in.
+  __device__ __forceinline__ bool in_part(int element) const {
+    const int at = element / kVector * kSharing * kVector + element % kVector;
+    return before <= at && at < after && !whole(element / kVector);
+  }
+
+  // Whether the share may begin or end within one of the thread's vectors. Those are seen to after all others, and by few
+  // threads: a branch for each load would keep the loads from being under way together.
+  __device__ __forceinline__ bool any_part() const {
+    return kRagged && (before > 0 || after < (kVectors - 1) * kSharing * kVector + kVector);
   }
 };
 
@@ -83,22 +101,35 @@ __device__ __forceinline__ void widen_vector(const Loaded& loaded, Score* to) {
   for (int i = 0; i < kVector; ++i) to[i] = widen(loaded.at[i]);
 }
 
-__device__ __forceinline__ Tile load_tile(const Params& params, const Share& share, int64 start) {
+// The elements of a tile in one operand.
+__device__ __forceinline__ void load_operand(const Params& params, const Share& share, const Element* from,
+                                             const Strides& strides, int64 start, Score absent, Score (&to)[kTile]) {
   const Present present(share, start);
-  Tile tile;
-  tile.present = 0;
+  Loaded loaded[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int64 at = share.column(start, v);
-    const uint32 bits = present.bits(v);
-    tile.present |= bits << (v * kVector);
-    widen_vector(load<kVector, kRagged>(share.x + share.along(params, at, params.x_strides), bits, Operation::absent()),
-                 tile.x + v * kVector);
-    if constexpr (kBeside) {
-      widen_vector(load<kVector, kRagged>(share.beside + share.along(params, at, params.weights_strides), bits, 0),
-                   tile.beside + v * kVector);
+    loaded[v] = load<kVector>(from + share.along(params, share.column(start, v), strides), present.whole(v), absent);
+  }
+  if (present.any_part()) {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      if (present.in_part(i)) {
+        loaded[i / kVector].at[i % kVector] = from[share.column(start, i / kVector) + i % kVector];
+      }
     }
   }
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) widen_vector(loaded[v], to + v * kVector);
+}
+
+__device__ __forceinline__ Tile load_tile(const Params& params, const Share& share, int64 start) {
+  Tile tile;
+  load_operand(params, share, share.x, params.x_strides, start, Operation::absent(), tile.x);
+  if constexpr (kBeside) load_operand(params, share, share.beside, params.weights_strides, start, 0, tile.beside);
+  const Present present(share, start);
+  tile.present = 0;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) tile.present |= present.bits(v) << (v * kVector);
   return tile;
 }
 
@@ -107,6 +138,14 @@ __device__ __forceinline__ void store_tile(const Params& params, const Share& sh
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int64 at = share.column(start, v);
-    store<kVector, kRagged>(tile.x + v * kVector, present.bits(v), share.out + share.along(params, at, params.out_strides));
+    store<kVector>(tile.x + v * kVector, present.whole(v), share.out + share.along(params, at, params.out_strides));
+  }
+  if (present.any_part()) {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      if (present.in_part(i)) {
+        share.out[share.column(start, i / kVector) + i % kVector] = narrow<Result>(tile.x[i]);
+      }
+    }
   }
 }

@@ -13,19 +13,16 @@ template <typename Operation> __device__ __forceinline__ void reduce(const Param
     Operation::take(own, tile.x, tile.beside, tile.present);
   }
   exchange.join();
-  const State state = exchange.merge(own, 0);
+  const State state = exchange.merge(own);
   if (share.thread == 0) Operation::write(params, blockIdx.x / kCluster, state);
 }
 
-template <typename Operation> __device__ __forceinline__ void map(const Params& params, Share share, Exchange& exchange) {
-  Tile tile = load_tile(params, share, 0);
-  State own = State::empty();
-  Operation::take_held(own, tile.x, tile.beside, tile.present);
+template <typename Operation> __device__ __forceinline__ void map(const Params& params, const Share& share, Exchange& exchange) {
+  Held<Operation, kPacked> held;
+  held.load(params, share);
+  const State own = held.take();
   exchange.join();
-  const typename Operation::Answers answers(exchange.merge(own, 0));
-  answers.answer_held(own, tile.x, tile.beside);
-  share.thread = recomputed(share.thread);  // the scores need the registers that addresses would be kept in
-  store_tile(params, share, 0, tile);
+  held.answer(params, share, exchange.merge(own));
 }
 
 extern "C" __global__ void CLUSTER_OF(kCluster) __launch_bounds__(kThreads, kBlocks)

@@ -15,22 +15,21 @@ from .problem import Problem
 WARP = 32
 LEAST_THREADS = 128  # a block
 MOST_THREADS = 512  # a block: two of them fill a multiprocessor at 64 registers a thread
-KEPT_TILE = 32  # bytes a thread takes at a time where rows are kept in shared memory
-KEPT_SLICE = 64 * 1024  # bytes of a row a block keeps, if a cluster can be wide enough
 TILE_REGISTERS = 32  # in which a thread holds its part of a row, or of a tile of it
-COLUMNS_REGISTERS, COLUMNS_LOADS = 24, 16
+COLUMNS_REGISTERS, COLUMNS_LOADS = 32, 16
 COLUMNS_STREAM = 16  # registers
 STREAM_THREADS, STREAM_BYTES = 256, 64  # a block and a thread at a time, where a row is not held
 SECTOR = 32  # bytes: the least that device memory delivers
+NARROW = 64  # bytes: the least that it delivers at full speed
 LINE = 128  # bytes: what a warp's loads are best at
 LONG = 1024  # columns: a row that is worth reading beside its neighbours, however few
-RAGGED = 256  # columns: below, single elements are as fast as vectors with a head and a tail
+RAGGED = 1024  # columns: below, single elements are as fast as vectors with a head and a tail
 CLUSTERED = 200_000  # columns: of longer rows, a sum is faster in two launches of all blocks
 LEAST_PART = 16384  # bytes of a row: less is not worth another block
 MOST_CLUSTER = 8  # blocks, on every GPU that has clusters
 MOST_SPLITS = 512  # parts of a row, whose states every warp of the second launch reads
-RESERVED = 5 * 1024  # bytes of shared memory of each block: for states, and by the driver
 
+HALVES = ("float16", "bfloat16")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 STREAM_LOADS = 8  # single elements need many registers for their addresses
 # Operation of a function, and numbers in the state of a row.
@@ -59,7 +58,6 @@ class Sharing:
     why: str
     ragged: bool = False
     held: bool = False
-    slots: int = 0  # tiles of a thread in shared memory
     blocks: int = 0  # that a multiprocessor must have room for, if not as many as registers allow
     splits: int = 1
     slice: int = 0  # columns of a part
@@ -136,11 +134,8 @@ def _dense_rows(problem: Problem, layout: Layout, gpu: Gpu, vector: int, lead: i
     cluster = _power_of_two(-(-loads // (MOST_THREADS * _tile(problem, vector))))
     if gpu.arch >= 90 and cluster <= MOST_CLUSTER:
         return _cluster_rows(problem, vector, loads, max(cluster, min(parts, MOST_CLUSTER)))
-    if problem.rows * (MOST_CLUSTER if gpu.arch >= 90 else 1) < gpu.multiprocessors and parts > 1:
+    if parts > 1:
         return _split_rows(problem, vector, MOST_THREADS, parts)
-    whole = vector * layout.x.itemsize == 16 and _dense(layout, _walked(problem, layout))
-    if gpu.arch >= 80 and whole:
-        return _kept_rows(problem, layout, gpu, vector, loads, parts)
     vectors, beside = _streamed(problem, vector), ("kThreadsPerRow", MOST_THREADS)
     why = "a block for each row"
     return Sharing("rows", problem.rows, MOST_THREADS, beside, vector, vectors, why)
@@ -165,7 +160,7 @@ def _rows_of_a_warp(problem: Problem, layout: Layout, gpu: Gpu, vector: int, loa
 
 
 def _rows_of_a_block(problem: Problem, vector: int, loads: int) -> Sharing:
-    vectors = max(1, _tile(problem, vector) // 2)
+    vectors = min(_tile(problem, vector), _streamed(problem, vector))
     threads = max(LEAST_THREADS, _power_of_two(-(-loads // vectors)))
     if threads > MOST_THREADS:
         threads, vectors = MOST_THREADS, _tile(problem, vector)
@@ -224,44 +219,6 @@ def _cluster_rows(problem: Problem, vector: int, loads: int, cluster: int) -> Sh
     )
 
 
-def _kept_rows(
-    problem: Problem, layout: Layout, gpu: Gpu, vector: int, loads: int, parts: int
-) -> Sharing:
-    """Long rows: a cluster for each, which keeps it in shared memory."""
-    operands, threads = 1 + problem.weighted, MOST_THREADS
-    vectors = max(1, KEPT_TILE // 16 // operands)
-    nbytes = loads * 16 * operands
-    cluster = 1
-    if gpu.arch >= 90:
-        cluster = min(MOST_CLUSTER, _power_of_two(max(-(-nbytes // KEPT_SLICE), min(parts, 8))))
-    tiles = -(-loads // (cluster * threads * vectors))
-    tile = threads * vectors * 16 * operands
-    blocks, slots = next(
-        (blocks, slots)
-        for blocks in (2, 1)
-        if (slots := _slots(gpu, blocks, tile)) >= tiles or blocks == 1
-    )
-    why = f"{cluster} block{'s' if cluster > 1 else ''} for each row"
-    units = min(problem.rows, max(1, gpu.multiprocessors * blocks // cluster))
-    return Sharing(
-        "kept_rows",
-        units,
-        threads,
-        ("kCluster", cluster),
-        vector,
-        vectors,
-        why,
-        slots=slots,
-        blocks=blocks,
-    )
-
-
-def _slots(gpu: Gpu, blocks: int, tile: int) -> int:
-    """Tiles of `tile` bytes that each of `blocks` blocks of a multiprocessor can keep."""
-    room = min(gpu.shared_memory_per_multiprocessor // blocks, gpu.shared_memory_per_block)
-    return (room - RESERVED) // tile
-
-
 def _columns(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
     """A tile of rows for each block or cluster, several threads for each row."""
     width = layout.outer[-1]
@@ -271,7 +228,7 @@ def _columns(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
     most = min(COLUMNS_LOADS, max(1, COLUMNS_REGISTERS // registers))
     widest = min(WARP, _power_of_two(-(-width // vector)))
     line = min(widest, max(1, LINE // (vector * layout.x.itemsize)))
-    sector = min(widest, max(1, SECTOR // (vector * layout.x.itemsize)))
+    sector = min(widest, max(1, NARROW // (vector * layout.x.itemsize)))
     runs = problem.rows // width
 
     def units(lanes: int) -> int:
@@ -339,19 +296,13 @@ def _plan(
 ) -> Plan:
     elements = problem.rows * problem.columns
     operand = elements * layout.x.itemsize
-    kept = sharing.slots * sharing.threads * sharing.vectors * sharing.vector
     cluster = sharing.beside[1] if sharing.beside[0] == "kCluster" else 1
     if problem.reduces or partial or finish:
-        reads, how = 1.0, "one read"
+        reads, how = 1, "one read"
     elif sharing.held:
-        reads, how = 1.0, "held in registers"
-    elif kept and kept * cluster >= problem.columns:
-        reads, how = 1.0, "kept in shared memory"
-    elif kept:
-        reads = 2 - kept * cluster / problem.columns
-        how = "the end of it kept in shared memory, the rest read twice"
+        reads, how = 1, "held in registers"
     else:
-        reads, how = 2.0, "two reads"
+        reads, how = 2, "two reads"
     if partial:
         written = 0
     elif problem.reduces:
@@ -362,8 +313,8 @@ def _plan(
         kernel=_kernel(problem, layout, sharing, partial, finish),
         grid=(sharing.units * cluster * sharing.splits, 1, 1),
         threads=sharing.threads,
-        shared_memory=kept * layout.x.itemsize * (1 + problem.weighted),
-        bytes=int(operand * (1 + problem.weighted) * reads) + written * layout.out.itemsize,
+        shared_memory=0,
+        bytes=operand * (1 + problem.weighted) * reads + written * layout.out.itemsize,
         # Maximum, subtraction, exponential, sum, and what makes it an answer.
         operations=elements * (4 if problem.reduces or partial else 5),
         why=f"{sharing.why}, {how}; {sharing.vector * layout.x.itemsize} bytes a load",
@@ -392,7 +343,6 @@ def _kernel(
 ) -> Kernel:
     walked = _walked(problem, layout)
     stages = (("kHeld", sharing.held), ("kPartial", partial), ("kFinish", finish))
-    kinds = {"cluster_rows": (), "kept_rows": (("kSlots", sharing.slots),)}
     return Kernel(
         file=f"_softmax/{sharing.kernel}.cu",
         entry=f"softmax_{sharing.kernel}",
@@ -413,7 +363,7 @@ def _kernel(
             sharing.beside,
             ("kVector", sharing.vector),
             ("kVectors", sharing.vectors),
-            *kinds.get(sharing.kernel, stages),
+            *(() if sharing.kernel == "cluster_rows" else stages),
         ),
     )
 
@@ -466,8 +416,10 @@ def _dense(layout: Layout, walked: list[Placement]) -> bool:
 
 
 def _tile(problem: Problem, vector: int) -> int:
-    """Loads whose elements a thread can hold in registers."""
-    return max(1, TILE_REGISTERS // (vector * words(problem) * (1 + problem.weighted)))
+    """Loads whose elements a thread can hold in registers; halves may stay two to a register."""
+    registers = vector * words(problem) * (1 + problem.weighted)
+    packed = vector > 1 and problem.dtype in HALVES and not (problem.reduces or problem.weighted)
+    return max(1, TILE_REGISTERS // (registers // 2 if packed else registers))
 
 
 def _streamed(problem: Problem, vector: int) -> int:

@@ -44,20 +44,17 @@ template <typename Operation> __device__ __forceinline__ void reduce(const Param
 }
 
 // Operations that give as many answers as they take elements.
-template <typename Operation> __device__ __forceinline__ void map(const Params& params, Share share, int64 row) {
+template <typename Operation> __device__ __forceinline__ void map(const Params& params, const Share& share, int64 row) {
   if constexpr (kHeld) {
-    Tile tile = load_tile(params, share, share.start);
-    State own = State::empty();
-    Operation::take_held(own, tile.x, tile.beside, tile.present);
-    typename Operation::Answers(merge_row(own)).answer_held(own, tile.x, tile.beside);
-    share.thread = recomputed(share.thread);  // the scores need the registers that addresses would be kept in
-    store_tile(params, share, share.start, tile);
+    Held<Operation, kPacked> held;
+    held.load(params, share);
+    held.answer(params, share, merge_row(held.take()));
   } else {
     const typename Operation::Answers answers(kFinish ? merge_parts(params, row) : take_all(params, share));
     for (int64 start = share.start; start < share.end; start += kStep) {
       Tile tile = load_tile(params, share, start);
       answers.answer(tile.x, tile.beside);
-      store_tile(params, share, start, tile);  // where this thread read: out may be x
+      store_tile(params, share, start, tile.x);  // where this thread read: out may be x
     }
   }
 }

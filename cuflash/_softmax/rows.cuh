@@ -10,7 +10,8 @@
 constexpr int kTile = kVectors * kVector;
 constexpr int64 kStep = int64(kSharing) * kTile;  // columns that the threads of a row take at a time
 static_assert(kDense || !kRagged, "only dense rows are ragged");
-static_assert(kTile <= 32, "a tile's elements are told by the bits of a word");
+constexpr bool kPacked = sizeof(Element) == 2 && kVector > 1 && !kBeside;  // held rows stay two elements to a register
+static_assert(kTile <= 32 || kPacked, "a tile's elements are told by the bits of a word");
 
 using Loaded = Vector<Element, kVector>;
 
@@ -80,7 +81,8 @@ struct Present {
 
   __device__ __forceinline__ bool whole(int vector) const {
     const int at = vector * kSharing * kVector;
-    return kRagged ? before <= at && at + kVector <= after : at < after;
+    if (!kRagged) return at < after;
+    return at + kVector <= after && (vector > 0 || before <= 0);  // a lead is shorter than a vector
   }
 
   // Whether the row has an element of a tile, but not all of the vector that it is in.
@@ -96,56 +98,149 @@ struct Present {
   }
 };
 
-__device__ __forceinline__ void widen_vector(const Loaded& loaded, Score* to) {
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) to[i] = widen(loaded.at[i]);
-}
+// A thread's vectors of one operand; what the row does not have is `absent`.
+struct Vectors {
+  Loaded at[kVectors];
 
-// The elements of a tile in one operand.
-__device__ __forceinline__ void load_operand(const Params& params, const Share& share, const Element* from,
-                                             const Strides& strides, int64 start, Score absent, Score (&to)[kTile]) {
-  const Present present(share, start);
-  Loaded loaded[kVectors];
+  __device__ __forceinline__ void load(const Params& params, const Share& share, const Element* from, const Strides& strides,
+                                       int64 start, Score absent) {
+    const Present present(share, start);
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    loaded[v] = load<kVector>(from + share.along(params, share.column(start, v), strides), present.whole(v), absent);
-  }
-  if (present.any_part()) {
+    for (int v = 0; v < kVectors; ++v) {
+      at[v] = ::load<kVector>(from + share.along(params, share.column(start, v), strides), present.whole(v), absent);
+    }
+    if (present.any_part()) {
 #pragma unroll
-    for (int i = 0; i < kTile; ++i) {
-      if (present.in_part(i)) {
-        loaded[i / kVector].at[i % kVector] = from[share.column(start, i / kVector) + i % kVector];
+      for (int i = 0; i < kTile; ++i) {
+        if (present.in_part(i)) at[i / kVector].at[i % kVector] = from[share.column(start, i / kVector) + i % kVector];
       }
     }
   }
+
+  __device__ __forceinline__ void widen_to(Score (&to)[kTile]) const {
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) widen_vector(loaded[v], to + v * kVector);
-}
+    for (int i = 0; i < kTile; ++i) to[i] = widen(at[i / kVector].at[i % kVector]);
+  }
+};
 
 __device__ __forceinline__ Tile load_tile(const Params& params, const Share& share, int64 start) {
   Tile tile;
-  load_operand(params, share, share.x, params.x_strides, start, Operation::absent(), tile.x);
-  if constexpr (kBeside) load_operand(params, share, share.beside, params.weights_strides, start, 0, tile.beside);
-  const Present present(share, start);
+  Vectors vectors;
+  vectors.load(params, share, share.x, params.x_strides, start, Operation::absent());
+  vectors.widen_to(tile.x);
+  if constexpr (kBeside) {
+    vectors.load(params, share, share.beside, params.weights_strides, start, 0);
+    vectors.widen_to(tile.beside);
+  }
   tile.present = 0;
+  if constexpr (kTile <= 32) {
+    const Present present(share, start);
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) tile.present |= present.bits(v) << (v * kVector);
+    for (int v = 0; v < kVectors; ++v) tile.present |= present.bits(v) << (v * kVector);
+  }
   return tile;
 }
 
-__device__ __forceinline__ void store_tile(const Params& params, const Share& share, int64 start, const Tile& tile) {
+__device__ __forceinline__ void store_tile(const Params& params, const Share& share, int64 start, const Score (&x)[kTile]) {
   const Present present(share, start);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int64 at = share.column(start, v);
-    store<kVector>(tile.x + v * kVector, present.whole(v), share.out + share.along(params, at, params.out_strides));
+    store<kVector>(x + v * kVector, present.whole(v), share.out + share.along(params, at, params.out_strides));
   }
   if (present.any_part()) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
-      if (present.in_part(i)) {
-        share.out[share.column(start, i / kVector) + i % kVector] = narrow<Result>(tile.x[i]);
-      }
+      if (present.in_part(i)) share.out[share.column(start, i / kVector) + i % kVector] = narrow<Result>(x[i]);
     }
   }
 }
+
+// A row of one tile, from its only read to its answers. After `load`, `take` gives the state of the thread's own elements and
+// `answer` stores what the state of the whole row makes of them.
+template <typename Operation, bool kPacked> struct Held {
+  Tile tile;
+  State own;
+
+  __device__ __forceinline__ void load(const Params& params, const Share& share) { tile = load_tile(params, share, share.start); }
+
+  __device__ __forceinline__ State take() {
+    own = State::empty();
+    Operation::take_held(own, tile.x, tile.beside, tile.present);
+    return own;
+  }
+
+  __device__ __forceinline__ void answer(const Params& params, Share share, State row) {
+    typename Operation::Answers(row).answer_held(own, tile.x, tile.beside);
+    share.thread = recomputed(share.thread);  // the scores need the registers that addresses would be kept in
+    store_tile(params, share, share.start, tile.x);
+  }
+};
+
+// Halves stay two to a register and are widened twice: so twice as many can be under way.
+template <typename Operation> struct Held<Operation, true> {
+  static constexpr int kWords = kVector > 1 ? kVector / 2 : 1;
+  uint32 words[kVectors][kWords];
+
+  __device__ __forceinline__ void load(const Params& params, const Share& share) {
+    const Present present(share, share.start);
+    const uint32 absent = narrow_pair<Element>(Operation::absent(), Operation::absent());
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) words[v][w] = absent;
+      if (present.whole(v)) {
+        const Element* from = share.x + share.along(params, share.column(share.start, v), params.x_strides);
+        const auto loaded = *reinterpret_cast<const Vector<uint32, kWords>*>(from);
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) words[v][w] = loaded.at[w];
+      }
+    }
+    if (present.any_part()) {
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+        if (present.in_part(i)) {
+          uint32& word = words[i / kVector][i % kVector / 2];
+          const uint32 bits = reinterpret_cast<const uint16*>(share.x)[share.column(share.start, i / kVector) + i % kVector];
+          word = i % 2 == 0 ? (word & 0xffff0000u) | bits : (word & 0xffffu) | bits << 16;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void widen_vector(int vector, Score (&x)[kVector]) const {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) widen_pair<Element>(words[vector][w], x[2 * w], x[2 * w + 1]);
+  }
+
+  __device__ __forceinline__ State take() {
+    State own = State::empty();
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      Score x[kVector];
+      widen_vector(v, x);
+      Operation::take(own, x, x, Present::kWhole);
+    }
+    return own;
+  }
+
+  __device__ __forceinline__ void answer(const Params& params, Share share, State row) {
+    const typename Operation::Answers answers(row);
+    share.thread = recomputed(share.thread);
+    const Present present(share, share.start);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      Score x[kVector];
+      widen_vector(v, x);
+      answers.answer(x, x);
+      Result* out = share.out + share.along(params, share.column(share.start, v), params.out_strides);
+      store<kVector>(x, present.whole(v), out);
+      if (present.any_part()) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          if (present.in_part(v * kVector + i)) out[i] = narrow<Result>(x[i]);
+        }
+      }
+    }
+  }
+};

@@ -32,20 +32,21 @@ struct Mailbox {
     asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
   }
 
-  // Said by one thread, once for each turn, before or after the first bytes of it have come.
+  // Said by one thread, before or after the first bytes have come.
   __device__ __forceinline__ void expect(int bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes) : "memory");
 #endif
   }
 
-  // Waits for the end of a turn, even or odd.
-  __device__ __forceinline__ void wait(int odd) {
+  // Waits until all that was expected has come.
+  __device__ __forceinline__ void wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
         "{\n\t.reg .pred done;\n"
-        "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
-        "@!done bra again;\n\t}" ::"r"(shared_address(&barrier)), "r"(odd) : "memory");
+        "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n\t"
+        "@!done bra again;\n\t}" ::"r"(shared_address(&barrier))
+        : "memory");
 #endif
   }
 };

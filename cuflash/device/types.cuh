@@ -65,6 +65,18 @@ template <> __device__ __forceinline__ uint32 narrow_pair<bfloat16>(float first,
   return pair;
 }
 
+// And back.
+template <typename Element> __device__ __forceinline__ void widen_pair(uint32 pair, float& first, float& second);
+template <> __device__ __forceinline__ void widen_pair<float16>(uint32 pair, float& first, float& second) {
+  asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\tcvt.f32.f16 %0, low;\n\tcvt.f32.f16 %1, high;\n\t}"
+      : "=f"(first), "=f"(second)
+      : "r"(pair));
+}
+template <> __device__ __forceinline__ void widen_pair<bfloat16>(uint32 pair, float& first, float& second) {
+  first = __uint_as_float(pair << 16);
+  second = __uint_as_float(pair & 0xffff0000u);
+}
+
 // N elements that are read and written as one word.
 template <typename Element, int N> struct alignas(N * sizeof(Element)) Vector { Element at[N]; };
 

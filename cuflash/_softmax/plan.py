@@ -12,26 +12,38 @@ from ..jit.source import Kernel
 from .layout import Layout, Placement
 from .problem import Problem
 
+# Times are of float32 on an H200, in microseconds, unless told otherwise.
 WARP = 32
 LEAST_THREADS = 128  # a block
-MOST_THREADS = 512  # a block: two of them fill a multiprocessor at 64 registers a thread
-TILE_REGISTERS = 32  # in which a thread holds its part of a row, or of a tile of it
-COLUMNS_REGISTERS, COLUMNS_LOADS = 32, 16
-COLUMNS_STREAM = 16  # registers
-STREAM_THREADS, STREAM_BYTES = 256, 64  # a block and a thread at a time, where a row is not held
+# A block that holds a row in registers, and the 32-bit registers of it that a thread holds. Softmax
+# of 4000 x 32000: 253 with these, 264 with 256 threads, 329 with 16 registers. float64 wants more
+# registers besides; bfloat16, two to a register, 526 with 256 threads and 555 with 512 (4000 x
+# 128000).
+MOST_THREADS, WIDE_THREADS = 512, 256
+TILE_REGISTERS = 32
+# Rows that are not held: threads of a block at most, bytes that a thread has under way, and single
+# elements, each of which has an address. logsumexp of 4000 x 32000: 120; 147 with 512 threads, 124
+# with 32 bytes.
+STREAM_THREADS, STREAM_BYTES, STREAM_LOADS = 256, 64, 8
+# The same across rows, where every load has an address. Softmax of 1000 x 65536 along axis 0: 162
+# held, 244 read twice.
+COLUMNS_REGISTERS, COLUMNS_LOADS, COLUMNS_STREAM = 32, 16, 16
 SECTOR = 32  # bytes: the least that device memory delivers
-NARROW = 64  # bytes: the least that it delivers at full speed
+NARROW = (
+    64  # bytes: the least that it delivers at full speed; 164 with it and 244 with less, as above
+)
 LINE = 128  # bytes: what a warp's loads are best at
 LONG = 1024  # columns: a row that is worth reading beside its neighbours, however few
-RAGGED = 1024  # columns: below, single elements are as fast as vectors with a head and a tail
-CLUSTERED = 200_000  # columns: of longer rows, a sum is faster in two launches of all blocks
-LEAST_PART = 16384  # bytes of a row: less is not worth another block
+RAGGED = 1024  # columns: below, single elements are as fast as vectors with parts at both ends
+# Few rows: bytes that are worth a block of their own. Softmax of 10 x 32000: 6.0; 10.2 in two
+# launches of as many small parts as there is room for.
+LEAST_PART = 16384
 MOST_CLUSTER = 8  # blocks, on every GPU that has clusters
+CLUSTERED = 200_000  # columns: of longer rows, a sum is faster in two launches of all blocks
 MOST_SPLITS = 512  # parts of a row, whose states every warp of the second launch reads
 
 HALVES = ("float16", "bfloat16")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-STREAM_LOADS = 8  # single elements need many registers for their addresses
 # Operation of a function, and numbers in the state of a row.
 OPERATIONS = {
     "softmax": ("Softmax", 2),
@@ -50,15 +62,12 @@ class Sharing:
     kernel: str
     units: int  # blocks, or clusters, that take the rows once
     threads: int  # a block
-    beside: tuple[
-        str, int
-    ]  # the constant that says how threads lie: kThreadsPerRow, kLanes, kCluster
+    beside: tuple[str, int]  # how threads lie: kThreadsPerRow, kLanes or kCluster
     vector: int
     vectors: int
     why: str
     ragged: bool = False
     held: bool = False
-    blocks: int = 0  # that a multiprocessor must have room for, if not as many as registers allow
     splits: int = 1
     slice: int = 0  # columns of a part
 
@@ -112,12 +121,10 @@ def lies_across(problem: Problem, layout: Layout) -> bool:
 def _rows(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
     """A warp or less, a block, a cluster or several blocks for each row."""
     vector = _vector(problem, layout, layout.reduced[-1], along_rows=True)
-    whole = _ragged_vector(problem, layout) if problem.columns > RAGGED else 1
-    if whole > vector:
+    whole = _ragged_vector(problem, layout)
+    if whole > vector and problem.reduces and problem.columns > RAGGED:
         sharing = _dense_rows(problem, layout, gpu, whole, whole - 1)
-        # Parts of vectors of 8 need more registers than two blocks leave.
-        blocks = 1 if whole == 8 and not sharing.blocks else sharing.blocks
-        return dataclasses.replace(sharing, ragged=True, blocks=blocks)
+        return dataclasses.replace(sharing, ragged=True)
     return _dense_rows(problem, layout, gpu, vector, 0)
 
 
@@ -129,9 +136,10 @@ def _dense_rows(problem: Problem, layout: Layout, gpu: Gpu, vector: int, lead: i
     parts = _parts_wanted(problem, layout, gpu, problem.rows)
     if problem.reduces:
         return _streamed_rows(problem, gpu, vector, loads, parts)
-    if loads <= MOST_THREADS * _tile(problem, vector) and (parts == 1 or gpu.arch < 90):
+    held = _most_threads(problem, vector) * _tile(problem, vector)
+    if loads <= held and (parts == 1 or gpu.arch < 90):
         return _rows_of_a_block(problem, vector, loads)
-    cluster = _power_of_two(-(-loads // (MOST_THREADS * _tile(problem, vector))))
+    cluster = _power_of_two(-(-loads // held))
     if gpu.arch >= 90 and cluster <= MOST_CLUSTER:
         return _cluster_rows(problem, vector, loads, max(cluster, min(parts, MOST_CLUSTER)))
     if parts > 1:
@@ -160,10 +168,11 @@ def _rows_of_a_warp(problem: Problem, layout: Layout, gpu: Gpu, vector: int, loa
 
 
 def _rows_of_a_block(problem: Problem, vector: int, loads: int) -> Sharing:
-    vectors = min(_tile(problem, vector), _streamed(problem, vector))
+    nbytes = vector * ITEMSIZE[problem.dtype] * (1 + problem.weighted)
+    vectors = min(_tile(problem, vector), max(1, STREAM_BYTES // nbytes))
     threads = max(LEAST_THREADS, _power_of_two(-(-loads // vectors)))
-    if threads > MOST_THREADS:
-        threads, vectors = MOST_THREADS, _tile(problem, vector)
+    if threads > _most_threads(problem, vector):
+        threads, vectors = _most_threads(problem, vector), _tile(problem, vector)
     beside = ("kThreadsPerRow", threads)
     why = "a block for each row"
     return Sharing("rows", problem.rows, threads, beside, vector, vectors, why, held=True)
@@ -203,7 +212,7 @@ def _split_rows(problem: Problem, vector: int, threads: int, parts: int) -> Shar
 
 def _cluster_rows(problem: Problem, vector: int, loads: int, cluster: int) -> Sharing:
     """Rows that a cluster of blocks can hold in registers."""
-    cluster, threads = _power_of_two(cluster), MOST_THREADS
+    cluster, threads = _power_of_two(cluster), _most_threads(problem, vector)
     while threads > LEAST_THREADS and loads <= cluster * threads // 2:
         threads //= 2
     vectors = _power_of_two(-(-loads // (cluster * threads)))
@@ -359,7 +368,7 @@ def _kernel(
             ("kDense", _dense(layout, walked)),
             ("kRagged", sharing.ragged),
             ("kThreads", sharing.threads),
-            ("kBlocks", sharing.blocks or max(1, 1024 // words(problem) // sharing.threads)),
+            ("kBlocks", max(1, 1024 // words(problem) // sharing.threads)),
             sharing.beside,
             ("kVector", sharing.vector),
             ("kVectors", sharing.vectors),
@@ -416,10 +425,19 @@ def _dense(layout: Layout, walked: list[Placement]) -> bool:
 
 
 def _tile(problem: Problem, vector: int) -> int:
-    """Loads whose elements a thread can hold in registers; halves may stay two to a register."""
+    """Loads whose elements a thread can hold in registers."""
     registers = vector * words(problem) * (1 + problem.weighted)
-    packed = vector > 1 and problem.dtype in HALVES and not (problem.reduces or problem.weighted)
-    return max(1, TILE_REGISTERS // (registers // 2 if packed else registers))
+    return max(1, TILE_REGISTERS // (registers // 2 if _packed(problem, vector) else registers))
+
+
+def _most_threads(problem: Problem, vector: int) -> int:
+    """Threads of a block that holds a row."""
+    return WIDE_THREADS if words(problem) == 2 or _packed(problem, vector) else MOST_THREADS
+
+
+def _packed(problem: Problem, vector: int) -> bool:
+    """Whether a held row's elements stay two to a register, as Held in rows.cuh has it."""
+    return vector > 1 and problem.dtype in HALVES and not (problem.reduces or problem.weighted)
 
 
 def _streamed(problem: Problem, vector: int) -> int:

@@ -4,12 +4,12 @@
 //   kVector    elements a load
 //   kVectors   vectors a thread has at a time: its tile
 //   kDense     the elements of a row lie side by side
-//   kRagged    dense rows begin and end anywhere between two vectors; otherwise they, or all their runs, are whole ones
+//   kRagged    dense rows, only read, begin and end anywhere between two vectors; otherwise rows or all their runs are whole ones
 #include "_softmax/merge.cuh"
 
 constexpr int kTile = kVectors * kVector;
 constexpr int64 kStep = int64(kSharing) * kTile;  // columns that the threads of a row take at a time
-static_assert(kDense || !kRagged, "only dense rows are ragged");
+static_assert(!kRagged || (kDense && kReduces), "only dense rows that are not written are ragged");
 constexpr bool kPacked = sizeof(Element) == 2 && kVector > 1 && !kBeside;  // held rows stay two elements to a register
 static_assert(kTile <= 32 || kPacked, "a tile's elements are told by the bits of a word");
 
@@ -51,7 +51,7 @@ __device__ __forceinline__ Share share_of(const Params& params, int64 row, int64
   return {
       x - lead,
       params.weights + (kBeside ? row_offset(params, row, params.weights_strides) - lead : 0),
-      params.out + (kReduces ? 0 : row_offset(params, row, params.out_strides) - lead),
+      params.out + (kReduces ? 0 : row_offset(params, row, params.out_strides)),
       start,
       start + lead,
       row < params.rows ? end + lead : start,
@@ -148,12 +148,6 @@ __device__ __forceinline__ void store_tile(const Params& params, const Share& sh
     const int64 at = share.column(start, v);
     store<kVector>(x + v * kVector, present.whole(v), share.out + share.along(params, at, params.out_strides));
   }
-  if (present.any_part()) {
-#pragma unroll
-    for (int i = 0; i < kTile; ++i) {
-      if (present.in_part(i)) share.out[share.column(start, i / kVector) + i % kVector] = narrow<Result>(x[i]);
-    }
-  }
 }
 
 // A row of one tile, from its only read to its answers. After `load`, `take` gives the state of the thread's own elements and
@@ -196,16 +190,6 @@ template <typename Operation> struct Held<Operation, true> {
         for (int w = 0; w < kWords; ++w) words[v][w] = loaded.at[w];
       }
     }
-    if (present.any_part()) {
-#pragma unroll
-      for (int i = 0; i < kTile; ++i) {
-        if (present.in_part(i)) {
-          uint32& word = words[i / kVector][i % kVector / 2];
-          const uint32 bits = reinterpret_cast<const uint16*>(share.x)[share.column(share.start, i / kVector) + i % kVector];
-          word = i % 2 == 0 ? (word & 0xffff0000u) | bits : (word & 0xffffu) | bits << 16;
-        }
-      }
-    }
   }
 
   __device__ __forceinline__ void widen_vector(int vector, Score (&x)[kVector]) const {
@@ -233,14 +217,8 @@ template <typename Operation> struct Held<Operation, true> {
       Score x[kVector];
       widen_vector(v, x);
       answers.answer(x, x);
-      Result* out = share.out + share.along(params, share.column(share.start, v), params.out_strides);
-      store<kVector>(x, present.whole(v), out);
-      if (present.any_part()) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          if (present.in_part(v * kVector + i)) out[i] = narrow<Result>(x[i]);
-        }
-      }
+      const int64 at = share.column(share.start, v);
+      store<kVector>(x, present.whole(v), share.out + share.along(params, at, params.out_strides));
     }
   }
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _captured: list[cupy.ndarray] = []  # workspaces of graphs, which may be launched at any time
+_thread = threading.local()  # its recording, if there is one
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,40 @@ class Plan:
         return compile.load(self.kernel, gpu.current(), self.shared_memory)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was made.
+
+    Parameters
+    ----------
+    plan : Plan
+    params : ndarray
+        The argument as it was then.
+    workspaces : int
+        How many the call had asked for by then.
+    """
+
+    plan: Plan
+    params: np.ndarray
+    workspaces: int
+
+
+class Recording:
+    """What this thread launches in a ``with`` block, and the workspaces that it asks for there."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+        self.workspaces: list[cupy.ndarray] = []  # alive, so that no two are at one address
+
+    def __enter__(self) -> Recording:
+        self._before = getattr(_thread, "recording", None)
+        _thread.recording = self
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _thread.recording = self._before
+
+
 def workspace(nbytes: int) -> cupy.ndarray | None:
     """Memory for what one launch of a call leaves for the next, None for 0 bytes.
 
@@ -69,6 +105,9 @@ def workspace(nbytes: int) -> cupy.ndarray | None:
     memory = cupy.ndarray(nbytes, "uint8")
     if capturing():
         _captured.append(memory)
+    recording = getattr(_thread, "recording", None)
+    if recording is not None:
+        recording.workspaces.append(memory)
     return memory
 
 
@@ -87,3 +126,6 @@ def launch(plan: Plan, params: np.ndarray) -> None:
         return
     arguments = (CPointer(params.ctypes.data),)
     plan.load()(plan.grid, (plan.threads,), arguments, shared_mem=plan.shared_memory)
+    recording = getattr(_thread, "recording", None)
+    if recording is not None:
+        recording.launches.append(Launch(plan, params.copy(), len(recording.workspaces)))

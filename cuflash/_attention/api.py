@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import arrays, tools
-from ..jit.launch import Plan
+from ..jit import repeat
+from ..jit.launch import Plan, Recording
 from . import check, shortcut
 from .problem import Operands, Problem, sum_dtype
 
@@ -145,9 +146,9 @@ def attention(
     (2, 4, 5, 16)
     """
     options = (scale, causal, window, q_start, kv_lengths, precision, return_lse)
-    key, repeat = shortcut.find(q, k, v, options) if out is None else (None, None)
-    if repeat is not None:
-        answer = repeat(q, k, v)
+    key, again = shortcut.find(q, k, v, options) if out is None else (None, None)
+    if again is not None:
+        answer = again(q, k, v)
         return AttentionResult(*answer) if return_lse else answer[0]
     caller, problem, operands = prepare(
         q,
@@ -162,11 +163,10 @@ def attention(
         return_lse=return_lse,
         out=out,
     )
-    with caller:
+    with caller, Recording() as made:
         result, lse = allocate(caller, problem, operands)
         _backend(caller).forward(problem, operands)
-        if key is not None:
-            shortcut.remember(key, problem, operands)
+    repeat.remember(key, made, (q, k, v), (result,) if lse is None else (result, lse))
     if not problem.return_lse:
         return caller.give(result)
     return AttentionResult(caller.give(result), caller.give(lse))

@@ -75,15 +75,6 @@ def forward(problem: Problem, operands: Operands) -> None:
         launch(chosen, params(problem, chosen, ready, strides, index))
 
 
-def bound(problem: Problem, operands: Operands) -> tuple[Plan, np.ndarray] | None:
-    """The one launch of a call and its argument, where another call differs in pointers only."""
-    shape, strides = collapse(operands)
-    problem, chosen = planned(problem, operands, shape)
-    if len(shape) > BATCH_AXES or copied(operands) or 0 in chosen.grid:
-        return None
-    return chosen, params(problem, chosen, operands, strides, ())
-
-
 def plans(problem: Problem, operands: Operands) -> list[Plan]:
     """The launches of `forward`, without launching."""
     shape, _ = collapse(operands)

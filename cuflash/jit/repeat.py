@@ -114,9 +114,11 @@ def remember(
             value = words[word]
             if name in named:
                 places.append((word, named[name], 0))
+            elif not value:  # no array, or an empty one
+                continue
             elif value in indices:
                 places.append((word, indices[value], 0))
-            elif value:
+            else:
                 where = _within(value, made.workspaces[: each.workspaces])
                 if where is None:
                     return
@@ -185,7 +187,7 @@ class Repeat:
             values.append(output.data.ptr)
         values += numbers
         if self.workspace:
-            workspace = launch.workspace(self.workspace)
+            workspace: Any = launch.workspace(self.workspace)
             values.append(workspace.data.ptr)
         try:
             arguments = self.spare.pop()

@@ -77,15 +77,12 @@ __device__ __forceinline__ void merge_slices(const Share& share, State (&states)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int c = 0; c < kVector; ++c) {
-#pragma unroll
-    for (int mask = kLanes; mask < 32; mask *= 2) states[c].merge(exchange(states[c], mask));
+    states[c] = merge_lanes<kLanes, 32>(states[c]);
     if (lane < kLanes) warps_smem[warp][lane * kVector + c] = states[c];
   }
   __syncthreads();  // each warp joins all warps' states of some rows
   for (int c = warp; c < kWidth; c += kWarps) {
-    State state = warps_smem[lane % kWarps][c];
-#pragma unroll
-    for (int mask = 1; mask < kWarps; mask *= 2) state.merge(exchange(state, mask));
+    const State state = merge_lanes<1, kWarps>(warps_smem[lane % kWarps][c]);
     if (lane == 0) rows_smem[c] = state;
   }
   __syncthreads();  // all rows are done

@@ -22,8 +22,7 @@ struct Exchange {
   // Once in a kernel; all threads get the state of the row. No block ends while another may send to it: it has had all states.
   __device__ __forceinline__ State merge(State state) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) state.merge(exchange(state, mask));
+    state = merge_lanes<1, 32>(state);
     State* mine = &states[blockIdx.x % kCluster * kWarps + warp];
     if constexpr (kCluster > 1) {
       if (threadIdx.x == 0) mailbox.expect(sizeof(states));
@@ -36,8 +35,6 @@ struct Exchange {
     state = states[lane % kStates];
 #pragma unroll
     for (int i = 32; i < kStates; i += 32) state.merge(states[i + lane]);
-#pragma unroll
-    for (int mask = 1; mask < kStates && mask < 32; mask *= 2) state.merge(exchange(state, mask));
-    return state;
+    return merge_lanes<1, kStates < 32 ? kStates : 32>(state);
   }
 };

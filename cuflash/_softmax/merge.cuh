@@ -12,7 +12,5 @@ __device__ __forceinline__ State* state_of(const Params& params, int64 row, int6
 __device__ __forceinline__ State merge_parts(const Params& params, int64 row) {
   State state = State::empty();
   for (int64 split = threadIdx.x % 32; split < params.splits; split += 32) state.merge(*state_of(params, row, split));
-#pragma unroll
-  for (int mask = 1; mask < 32; mask *= 2) state.merge(exchange(state, mask));
-  return state;
+  return merge_lanes<1, 32>(state);
 }

@@ -28,6 +28,7 @@ STREAM_THREADS, STREAM_BYTES, STREAM_LOADS = 256, 64, 8
 # The same across rows, where every load has an address. Softmax of 1000 x 65536 along axis 0: 162
 # held, 244 read twice.
 COLUMNS_REGISTERS, COLUMNS_LOADS, COLUMNS_STREAM = 32, 16, 16
+WARP_STREAMS = 1024  # threads a multiprocessor, from which a warp takes a row that is only read
 SECTOR = 32  # bytes: the least that device memory delivers
 NARROW = (
     64  # bytes: the least that it delivers at full speed; 164 with it and 244 with less, as above
@@ -181,7 +182,7 @@ def _rows_of_a_block(problem: Problem, vector: int, loads: int) -> Sharing:
 def _streamed_rows(problem: Problem, gpu: Gpu, vector: int, loads: int, parts: int) -> Sharing:
     """Rows that are read once and give one number."""
     vectors = _streamed(problem, vector)
-    if problem.rows * WARP >= 1024 * gpu.multiprocessors:
+    if problem.rows * WARP >= WARP_STREAMS * gpu.multiprocessors:
         units = -(-problem.rows // (LEAST_THREADS // WARP))
         beside = ("kThreadsPerRow", WARP)
         return Sharing("rows", units, LEAST_THREADS, beside, vector, vectors, "a warp for each row")

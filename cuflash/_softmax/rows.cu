@@ -14,16 +14,13 @@ static_assert((kThreadsPerRow & (kThreadsPerRow - 1)) == 0, "merging halves the 
 
 // Joins the states of a row's threads; all of them get the result. At most once in a kernel.
 __device__ __forceinline__ State merge_row(State state) {
-#pragma unroll
-  for (int mask = 1; mask < kThreadsPerRow && mask < 32; mask *= 2) state.merge(exchange(state, mask));
+  state = merge_lanes<1, kThreadsPerRow < 32 ? kThreadsPerRow : 32>(state);
   if constexpr (kThreadsPerRow > 32) {
     constexpr int kWarps = kThreads / 32;
     __shared__ State warps_smem[kWarps];
     if (threadIdx.x % 32 == 0) warps_smem[threadIdx.x / 32] = state;
     __syncthreads();  // every warp reads all warps' states
-    state = warps_smem[threadIdx.x % kWarps];
-#pragma unroll
-    for (int mask = 1; mask < kWarps; mask *= 2) state.merge(exchange(state, mask));
+    state = merge_lanes<1, kWarps>(warps_smem[threadIdx.x % kWarps]);
   }
   return state;
 }

@@ -68,18 +68,41 @@ struct Sum {
   __device__ __forceinline__ void merge(Sum other) { sum += other.sum; }
 };
 
-// The state of the lane whose number differs in the bits of `mask`.
+// What joining the lanes of a warp needs of a state: its maximum, and to add up sums once all have the same maximum.
 __device__ __forceinline__ Score exchange(Score value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
-__device__ __forceinline__ Pair exchange(Pair state, int mask) {
-  return {exchange(state.max, mask), exchange(state.sum, mask)};
+
+__device__ __forceinline__ Score maximum(Pair state) { return state.max; }
+__device__ __forceinline__ Score maximum(LogSum state) { return state.max; }
+__device__ __forceinline__ Score maximum(LogSumAndSum state) { return state.log.max; }
+__device__ __forceinline__ Score maximum(Sum) { return 0; }
+
+__device__ __forceinline__ void raise(Pair& state, Score max) { state.raise(max); }
+__device__ __forceinline__ void raise(LogSum& state, Score max) { state.raise(max); }
+__device__ __forceinline__ void raise(LogSumAndSum& state, Score max) { state.log.raise(max); }
+__device__ __forceinline__ void raise(Sum&, Score) {}
+
+__device__ __forceinline__ void add_lane(Pair& state, int mask) { state.sum += exchange(state.sum, mask); }
+__device__ __forceinline__ void add_lane(LogSum& state, int mask) {
+  state.top += exchange(state.top, mask);
+  state.rest += exchange(state.rest, mask);
 }
-__device__ __forceinline__ LogSum exchange(LogSum state, int mask) {
-  return {exchange(state.max, mask), exchange(state.top, mask), exchange(state.rest, mask)};
+__device__ __forceinline__ void add_lane(LogSumAndSum& state, int mask) {
+  add_lane(state.log, mask);
+  state.sum += exchange(state.sum, mask);
 }
-__device__ __forceinline__ LogSumAndSum exchange(LogSumAndSum state, int mask) {
-  return {exchange(state.log, mask), exchange(state.sum, mask)};
+__device__ __forceinline__ void add_lane(Sum& state, int mask) { state.sum += exchange(state.sum, mask); }
+
+// Joins the states of the lanes whose numbers differ in bits from kFirst to below kEnd; all of them get the same. One common
+// maximum first, so that each state is rescaled once and not at every step.
+template <int kFirst, int kEnd, typename State> __device__ __forceinline__ State merge_lanes(State state) {
+  Score max = maximum(state);
+#pragma unroll
+  for (int mask = kFirst; mask < kEnd; mask *= 2) max = max_of(max, exchange(max, mask));
+  raise(state, max);
+#pragma unroll
+  for (int mask = kFirst; mask < kEnd; mask *= 2) add_lane(state, mask);
+  return state;
 }
-__device__ __forceinline__ Sum exchange(Sum state, int mask) { return {exchange(state.sum, mask)}; }
 
 template <int N> __device__ __forceinline__ Score largest(const Score (&scores)[N]) {
   Score max = scores[0];

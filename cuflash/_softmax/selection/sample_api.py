@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ... import arrays, tools
-from ...jit.launch import Plan
+from ...jit import repeat
+from ...jit.launch import Plan, Recording
 from .. import check, checked
 from .sample_problem import Problem
 from .topk_api import MOST_ON_GPU
@@ -118,14 +119,20 @@ def sample(
     >>> np.unique(cuflash.sample(many, seed=7, top_p=0.8))
     array([1, 2])
     """
+    options = (axis, temperature, top_k, top_p, min_p)
+    known = _is_word(seed) and _is_word(offset) and not checked.on_device()
+    key, again = repeat.find("sample", (logits,), options) if known else (None, None)
+    if again is not None:
+        return again(logits, numbers=(seed, offset))[0]
     caller, native, problem = prepare(logits, seed, offset, axis, temperature, top_k, top_p, min_p)
-    with caller:
+    with caller, Recording() as made:
         out = caller.empty((problem.rows,), np.dtype(np.int64))
         if problem.rows:
             _backend(caller).sample(problem, _as(native, problem), out)
             if not caller.on_gpu or checked.on_device():
                 _all_drawn(problem, out)
     answer = caller.give(out.reshape(problem.answer))
+    repeat.remember(key, made, (logits,), (answer,), {"seed": seed, "offset": offset})
     return answer[()] if caller.kind == "numpy" and problem.answer == () else answer
 
 
@@ -199,6 +206,10 @@ def prepare(
             min_p=None if least == 0 else least,
         ),
     )
+
+
+def _is_word(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**64
 
 
 def _integer(name: str, value: Any, least: int, most: int) -> int:

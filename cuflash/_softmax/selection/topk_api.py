@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ... import arrays, tools
-from ...jit.launch import Plan
+from ...jit import repeat
+from ...jit.launch import Plan, Recording
 from .. import check
 
 MOST_ON_GPU = 1024  # k
@@ -109,7 +110,10 @@ def topk(x: Any, k: int, *, axis: int = -1, out: Any = None) -> TopK:
     >>> cuflash.topk(x, 1, axis=0).indices
     array([[2, 2, 2, 0]])
     """
-    return _call(*prepare("topk", x, k, axis, out), given=out)
+    key, again = repeat.find("topk", (x,), (k, axis)) if out is None else (None, None)
+    if again is not None:
+        return TopK(*again(x))
+    return _call(*prepare("topk", x, k, axis, out), given=out, key=key)
 
 
 def softmax_topk(x: Any, k: int, *, axis: int = -1, out: Any = None) -> TopK:
@@ -173,7 +177,10 @@ def softmax_topk(x: Any, k: int, *, axis: int = -1, out: Any = None) -> TopK:
            [2, 3],
            [2, 1]])
     """
-    return _call(*prepare("softmax_topk", x, k, axis, out), given=out)
+    key, again = repeat.find("softmax_topk", (x,), (k, axis)) if out is None else (None, None)
+    if again is not None:
+        return TopK(*again(x))
+    return _call(*prepare("softmax_topk", x, k, axis, out), given=out, key=key)
 
 
 def _topk_plans(x: Any, k: Any, *, axis: Any = -1, out: Any = None) -> tuple[int, list[Plan]]:
@@ -235,19 +242,28 @@ def complete(caller: arrays.Caller, problem: Problem, operands: Operands, axis: 
 
 
 def _call(
-    caller: arrays.Caller, problem: Problem, operands: Operands, axis: int, *, given: Any
+    caller: arrays.Caller,
+    problem: Problem,
+    operands: Operands,
+    axis: int,
+    *,
+    given: Any,
+    key: repeat.Key | None,
 ) -> TopK:
-    with caller:
+    x = operands.x
+    with caller, Recording() as made:
         complete(caller, problem, operands, axis)
         if problem.rows:
             _backend(caller).forward(problem, operands)
     found = (operands.values, operands.indices)
-    return TopK(
+    answers = TopK(
         *(
             caller.give(np.moveaxis(array, -1, axis)) if theirs is None else theirs
             for array, theirs in zip(found, given or (None, None))
         )
     )
+    repeat.remember(key, made, (x,), answers)
+    return answers
 
 
 def _plans(

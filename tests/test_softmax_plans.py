@@ -227,6 +227,7 @@ def vectors_are_sound(problem, placed, launches, c, across):
     assert dense or not c["kDense"]
     if c["kRagged"]:
         assert c["kDense"]
+        assert problem.reduces
         assert not across
         # Columns count from the same place before each row, which is the row's own in each array.
         rows = np.arange(min(problem.rows, 64))

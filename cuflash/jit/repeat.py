@@ -41,6 +41,7 @@ Key = tuple[Any, ...]
 Places = tuple[tuple[int, int, int], ...]
 
 _known: dict[Key, Repeat] = {}
+_environment = os.environ.get
 
 
 def find(
@@ -48,25 +49,26 @@ def find(
 ) -> tuple[Key | None, Repeat | None]:
     """All that decides about a call but its pointers, and what was remembered under it.
 
-    The key is None for what must always go the long way: arrays that are not exactly CuPy's, and
-    options that are arrays.
+    The key is None for what must always go the long way: arrays that are not exactly CuPy's, or
+    not on the current device, and options that are arrays.
     """
-    ndarray = getattr(sys.modules.get("cupy"), "ndarray", None)
+    cupy: Any = sys.modules.get("cupy")
+    ndarray = getattr(cupy, "ndarray", None)
     for array in arrays:
         if type(array) is not ndarray:
             return None, None
-    device = sys.modules["cupy"].cuda.runtime.getDevice()
-    types = tuple(map(type, options))
+    device = cupy.cuda.runtime.getDevice()
+    types = [*map(type, options)]
     if tuple in types:  # an axis, a window: 1 is no True there either
-        types += tuple(type(one) for each in options if type(each) is tuple for one in each)
-    key: Key = (function, device, os.environ.get("CUFLASH_ARCH"), *options, *types)
-    pointers = []
+        types += [type(one) for each in options if type(each) is tuple for one in each]
+    key: Key = (function, device, _environment("CUFLASH_ARCH"), *options, *types)
     for array in arrays:
         memory = array.data
-        pointer = memory.ptr
-        pointers.append(pointer)
-        key += (array.shape, array.strides, array.dtype, pointer % 16, memory.device_id)
-    if len(pointers) > 1:  # which of them are one: an address must tell an operand
+        if memory.device_id != device:
+            return None, None
+        key += array.shape, array.strides, array.dtype, memory.ptr % 16
+    if len(arrays) > 1:  # which of them are one: an address must tell an operand
+        pointers = [array.data.ptr for array in arrays]
         key += tuple(map(pointers.index, pointers))
     try:
         return key, _known.get(key)
@@ -96,7 +98,7 @@ def remember(
     numbers : mapping of str to int, optional
         Fields of 64 bits that are not in the key and come anew with each call, in this order.
     """
-    if key is None or not made.launches or any(x.data.device_id != key[1] for x in inputs):
+    if key is None or not made.launches:
         return
     numbers = numbers or {}
     # The values of a call: addresses of inputs and outputs, the numbers, and the workspace.
@@ -178,12 +180,14 @@ class Repeat:
 
     def __call__(self, *arrays: cupy.ndarray, numbers: tuple[int, ...] = ()) -> list[cupy.ndarray]:
         """Allocate and launch; return the outputs."""
-        outputs = [
-            self.ndarray(shape, dtype, strides and self.alloc(nbytes), strides)
-            for shape, dtype, strides, nbytes in self.outputs
-        ]
         values = [array.data.ptr for array in arrays]
-        for output in outputs:
+        outputs = []
+        for shape, dtype, strides, nbytes in self.outputs:
+            if strides is None:
+                output = self.ndarray(shape, dtype)
+            else:
+                output = self.ndarray(shape, dtype, self.alloc(nbytes), strides)
+            outputs.append(output)
             values.append(output.data.ptr)
         values += numbers
         if self.workspace:

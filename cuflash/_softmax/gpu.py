@@ -74,23 +74,21 @@ def fit(problem: Problem, operands: Operands) -> tuple[Operands, Layout, tuple[s
 
 def pack(placed: Layout, operands: Operands, chosen: plan.Launches) -> np.ndarray[Any, Any]:
     """The argument of the kernels, but for the workspace."""
-    params = np.zeros(1, PARAMS)
-    for name, array in _named(operands).items():
-        params[name] = address(array)
-    params["rows"], params["columns"] = placed.rows, placed.columns
-    params["splits"], params["slice"] = chosen.splits, chosen.slice
-    params["outer"], params["reduced"] = _padded(placed.outer), _padded(placed.reduced)
-    placements: dict[str, Placement | None] = {
-        "x": placed.x,
-        "weights": placed.weights,
-        "out": placed.out,
-        "sign": placed.sign,
+    values: dict[str, Any] = {name: address(array) for name, array in _named(operands).items()}
+    values |= {
+        "rows": placed.rows,
+        "columns": placed.columns,
+        "splits": chosen.splits,
+        "slice": chosen.slice,
+        "outer": _padded(placed.outer),
+        "reduced": _padded(placed.reduced),
+        "x_strides": _strides(placed.x),
+        "weights_strides": _strides(placed.weights),
+        "out_strides": _strides(placed.out),
+        "sign_strides": _strides(placed.sign),
     }
-    for name, placement in placements.items():
-        if placement is not None:
-            params[f"{name}_strides"]["outer"] = _padded(placement.outer)
-            params[f"{name}_strides"]["reduced"] = _padded(placement.reduced)
-    return params
+    # One conversion: each assignment to a field would cost as much.
+    return np.array([tuple(values.get(name, 0) for name in PARAMS.names or ())], PARAMS)
 
 
 def _named(operands: Operands) -> dict[str, Any]:
@@ -105,6 +103,12 @@ def _in_elements(array: Any) -> bool:
 def _laid_out(array: Any, order: tuple[int, ...]) -> Any:
     """A copy in C order once its axes are put in `order`, seen with its axes as they were."""
     return array.transpose(order).copy(order="C").transpose(np.argsort(order).tolist())
+
+
+def _strides(placement: Placement | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if placement is None:
+        return _padded(()), _padded(())
+    return _padded(placement.outer), _padded(placement.reduced)
 
 
 def _padded(sizes: tuple[int, ...]) -> tuple[int, ...]:

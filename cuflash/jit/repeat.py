@@ -19,6 +19,7 @@ So what a call does beside its launches must leave such a trace.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import sys
@@ -112,7 +113,7 @@ def remember(
     for each in made.launches:
         places: list[tuple[int, int, int]] = []
         words = np.frombuffer(each.params.tobytes(), np.uint64).tolist()
-        for name, word in _fields(each.params.dtype):
+        for name, word in _words(each.params.dtype):
             value = words[word]
             if name in named:
                 places.append((word, named[name], 0))
@@ -203,6 +204,11 @@ class Repeat:
             kernel(grid, block, pointer, shared_memory)
         self.spare.append(arguments)
         return outputs
+
+
+@functools.cache
+def _words(struct: np.dtype[Any]) -> tuple[tuple[str, int], ...]:
+    return tuple(_fields(struct))
 
 
 def _fields(struct: np.dtype[Any], at: int = 0) -> Iterator[tuple[str, int]]:

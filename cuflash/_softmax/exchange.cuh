@@ -11,12 +11,11 @@ struct Exchange {
 
   // By all threads, at the beginning of a kernel; `join` by the time that the first states are sent.
   __device__ __forceinline__ void open() {
-    if constexpr (kCluster == 1) return;
     if (threadIdx.x == 0) mailbox.init();
     cluster_arrive();
   }
   __device__ __forceinline__ void join() const {
-    if constexpr (kCluster > 1) cluster_wait();  // all blocks run, and their mailboxes are open
+    cluster_wait();  // all blocks run, and their mailboxes are open
   }
 
   // Once in a kernel; all threads get the state of the row. No block ends while another may send to it: it has had all states.
@@ -24,14 +23,9 @@ struct Exchange {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     state = merge_lanes<1, 32>(state);
     State* mine = &states[blockIdx.x % kCluster * kWarps + warp];
-    if constexpr (kCluster > 1) {
-      if (threadIdx.x == 0) mailbox.expect(sizeof(states));
-      if (lane < kCluster) send(state, mine, &mailbox, lane);
-      mailbox.wait();
-    } else {
-      if (lane == 0) *mine = state;
-      __syncthreads();  // all warps have written theirs
-    }
+    if (threadIdx.x == 0) mailbox.expect(sizeof(states));
+    if (lane < kCluster) send(state, mine, &mailbox, lane);
+    mailbox.wait();
     state = states[lane % kStates];
 #pragma unroll
     for (int i = 32; i < kStates; i += 32) state.merge(states[i + lane]);

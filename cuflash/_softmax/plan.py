@@ -43,6 +43,8 @@ MOST_CLUSTER = 8  # blocks, on every GPU that has clusters
 CLUSTERED = 200_000  # columns: of longer rows, a sum is faster in two launches of all blocks
 MOST_SPLITS = 512  # parts of a row, whose states every warp of the second launch reads
 
+STATIC_SHARED = 48 * 1024  # bytes of a block, in which its warps leave their states
+
 HALVES = ("float16", "bfloat16")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Operation of a function, and numbers in the state of a row.
@@ -98,16 +100,15 @@ def choose(problem: Problem, layout: Layout, gpu: Gpu, copies: tuple[str, ...] =
     """
     across = lies_across(problem, layout)
     sharing = _columns(problem, layout, gpu) if across else _rows(problem, layout, gpu)
-    first = _plan(problem, layout, sharing, copies, partial=sharing.splits > 1)
+    first = _plan(problem, layout, sharing, gpu, copies, partial=sharing.splits > 1)
     if sharing.splits == 1:
         return Launches((first,), 1, problem.columns, 0)
     second = _parts if problem.reduces else functools.partial(_plan, copies=(), finish=True)
-    state = OPERATIONS[problem.function][1] * 4 * words(problem)
     return Launches(
-        (first, second(problem, layout, sharing)),
+        (first, second(problem, layout, sharing, gpu)),
         sharing.splits,
         sharing.slice,
-        problem.rows * sharing.splits * state,
+        problem.rows * sharing.splits * _state_bytes(problem),
     )
 
 
@@ -237,6 +238,8 @@ def _columns(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
     registers = vector * words(problem) * (1 + problem.weighted)
     most = min(COLUMNS_LOADS, max(1, COLUMNS_REGISTERS // registers))
     widest = min(WARP, _power_of_two(-(-width // vector)))
+    while widest * vector * _state_bytes(problem) * (MOST_THREADS // WARP + 1) > STATIC_SHARED:
+        widest //= 2
     line = min(widest, max(1, LINE // (vector * layout.x.itemsize)))
     sector = min(widest, max(1, NARROW // (vector * layout.x.itemsize)))
     runs = problem.rows // width
@@ -299,6 +302,7 @@ def _plan(
     problem: Problem,
     layout: Layout,
     sharing: Sharing,
+    gpu: Gpu,
     copies: tuple[str, ...],
     *,
     partial: bool = False,
@@ -320,7 +324,7 @@ def _plan(
     else:
         written = elements
     return Plan(
-        kernel=_kernel(problem, layout, sharing, partial, finish),
+        kernel=_kernel(problem, layout, sharing, gpu, partial, finish),
         grid=(sharing.units * cluster * sharing.splits, 1, 1),
         threads=sharing.threads,
         shared_memory=0,
@@ -332,24 +336,23 @@ def _plan(
     )
 
 
-def _parts(problem: Problem, layout: Layout, sharing: Sharing) -> Plan:
+def _parts(problem: Problem, layout: Layout, sharing: Sharing, gpu: Gpu) -> Plan:
     """The launch that joins the states of rows' parts, a warp for each row."""
-    kernel = _kernel(problem, layout, sharing, False, True)
+    kernel = _kernel(problem, layout, sharing, gpu, False, True)
     constants = dict(kernel.constants) | {"kThreads": LEAST_THREADS}
-    state = OPERATIONS[problem.function][1] * 4 * words(problem)
     return Plan(
         kernel=Kernel("_softmax/parts.cu", "softmax_parts", tuple(constants.items())),
         grid=(-(-problem.rows // (LEAST_THREADS // WARP)), 1, 1),
         threads=LEAST_THREADS,
         shared_memory=0,
-        bytes=problem.rows * (sharing.splits * state + layout.out.itemsize),
+        bytes=problem.rows * (sharing.splits * _state_bytes(problem) + layout.out.itemsize),
         operations=problem.rows * sharing.splits * 4,
         why="joins the parts of each row",
     )
 
 
 def _kernel(
-    problem: Problem, layout: Layout, sharing: Sharing, partial: bool, finish: bool
+    problem: Problem, layout: Layout, sharing: Sharing, gpu: Gpu, partial: bool, finish: bool
 ) -> Kernel:
     walked = _walked(problem, layout)
     stages = (("kHeld", sharing.held), ("kPartial", partial), ("kFinish", finish))
@@ -369,13 +372,25 @@ def _kernel(
             ("kDense", _dense(layout, walked)),
             ("kRagged", sharing.ragged),
             ("kThreads", sharing.threads),
-            ("kBlocks", max(1, 1024 // words(problem) // sharing.threads)),
+            ("kBlocks", _least_blocks(problem, layout, sharing, gpu)),
             sharing.beside,
             ("kVector", sharing.vector),
             ("kVectors", sharing.vectors),
             *(() if sharing.kernel == "cluster_rows" else stages),
         ),
     )
+
+
+def _least_blocks(problem: Problem, layout: Layout, sharing: Sharing, gpu: Gpu) -> int:
+    """Blocks that a multiprocessor must have room for: 64 registers a thread, 128 for float64.
+
+    One, which leaves it to the compiler, where that would spill: on sm_100 and later, and where
+    addresses or parts of vectors need registers of their own.
+    """
+    plain = sharing.kernel == "columns" or (
+        _dense(layout, _walked(problem, layout)) and not sharing.ragged
+    )
+    return max(1, 1024 // words(problem) // sharing.threads) if plain and gpu.arch < 100 else 1
 
 
 def _walked(problem: Problem, layout: Layout) -> list[Placement]:
@@ -445,6 +460,10 @@ def _streamed(problem: Problem, vector: int) -> int:
     """Loads that a thread has in flight on its way through a row that it does not hold."""
     nbytes = vector * ITEMSIZE[problem.dtype] * (1 + problem.weighted)
     return min(STREAM_LOADS, max(1, STREAM_BYTES // nbytes))
+
+
+def _state_bytes(problem: Problem) -> int:
+    return OPERATIONS[problem.function][1] * 4 * words(problem)
 
 
 def words(problem: Problem) -> int:

@@ -25,11 +25,8 @@ def axes(name: str, axis: Any, ndim: int) -> tuple[int, ...]:
         return tuple(range(ndim))
     found = []
     for one in axis if isinstance(axis, tuple) else (axis,):
-        try:
-            index = operator.index(one)
-        except TypeError:
-            index = None
-        if index is None or isinstance(one, (bool, np.bool)):
+        index = integer(one)
+        if index is None:
             raise TypeError(f"`axis` must be an int, a tuple of ints or None, not {axis!r}")
         if not -ndim <= index < ndim:
             raise np.exceptions.AxisError(
@@ -40,6 +37,27 @@ def axes(name: str, axis: Any, ndim: int) -> tuple[int, ...]:
     if len(set(found)) < len(found):
         raise ValueError(f"`axis` must not name an axis of {name} twice, but is {axis!r}")
     return tuple(sorted(found))
+
+
+def one_axis(name: str, axis: Any, ndim: int) -> int:
+    """The one axis of functions that take no more, not negative."""
+    if axis is None or isinstance(axis, tuple):
+        raise TypeError(f"`axis` must be an int, not {axis!r}")
+    return axes(name, axis, ndim)[0]
+
+
+def integer(value: Any) -> int | None:
+    """What stands for an int as one, or None: booleans do not."""
+    if isinstance(value, (bool, np.bool)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def working_dtype(*operands: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32
 
 
 def class_axis(axis: Any, logits: Any) -> int:
-    if axis is None or isinstance(axis, tuple):
-        raise TypeError(f"`axis` must be an int, not {axis!r}")
+    found = check.one_axis("`logits`", axis, logits.ndim)
     if logits.ndim == 0:
         raise ValueError("`logits` must have an axis of classes, but has no axes")
-    (found,) = check.axes("`logits`", axis, logits.ndim)
     if logits.shape[found] == 0:
         raise ValueError(f"`logits` must have at least one class, but its shape is {logits.shape}")
     return found
@@ -45,10 +42,7 @@ def ignore_index(value: Any, dtype: str) -> int | None:
     """The target to ignore as an int64 has its bits; None if no target of this dtype can be it."""
     if value is None:
         return None
-    try:
-        index = None if isinstance(value, (bool, np.bool)) else operator.index(value)
-    except TypeError:
-        index = None
+    index = check.integer(value)
     if index is None:
         raise TypeError(f"`ignore_index` must be an int or None, not {value!r}")
     limits = np.iinfo(dtype)
@@ -58,7 +52,7 @@ def ignore_index(value: Any, dtype: str) -> int | None:
 
 
 def label_smoothing(value: Any) -> float:
-    if not is_number(value):
+    if not check.is_number(value):
         raise TypeError(f"`label_smoothing` must be a number from 0 to 1, not {value!r}")
     if not 0 <= value <= 1:
         raise ValueError(f"`label_smoothing` must be from 0 to 1, not {value!r}")
@@ -78,10 +72,6 @@ def dloss(given: Any, native: Any, shape: tuple[int, ...]) -> None:
             raise TypeError(f"`dloss` must be an array of shape {shape}, not {given!r}")
     elif native.shape != shape:
         raise ValueError(f"`dloss` must have the loss's shape {shape}, not {native.shape}")
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def values(native: Any, classes: int, ignored: int | None) -> None:

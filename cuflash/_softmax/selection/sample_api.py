@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from types import ModuleType
 from typing import Any
 
@@ -70,7 +69,7 @@ def sample(
     ValueError
         For a row with NaN, with +inf or with nothing but -inf, which has no distribution. On a GPU
         the answer for such a row is -1, because looking would wait for the GPU; with
-        ``CUFLASH_CHECK=1`` it waits, and raises.
+        ``CUFLASH_CHECK=1`` it waits, and raises. A temperature of 0 needs no distribution.
 
     Notes
     -----
@@ -174,9 +173,7 @@ def prepare(
     caller, taken = arrays.take({"logits": logits}, sequences=True, outputs=())
     native = taken["logits"]
     dtype = check.working_dtype(native)
-    if axis is None or isinstance(axis, tuple):
-        raise TypeError(f"`axis` must be an int, not {axis!r}")
-    (along,) = check.axes("`logits`", axis, native.ndim)
+    along = check.one_axis("`logits`", axis, native.ndim)
     native = native if native.ndim else native[None]
     columns = native.shape[along]
     if columns == 0:
@@ -213,11 +210,8 @@ def _is_word(value: Any) -> bool:
 
 
 def _integer(name: str, value: Any, least: int, most: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, (bool, np.bool)):
+    number = check.integer(value)
+    if number is None:
         raise TypeError(f"`{name}` must be an int, not {value!r}")
     if not least <= number <= most:
         raise ValueError(f"`{name}` must be from {least} to {most}, not {value!r}")
@@ -226,11 +220,12 @@ def _integer(name: str, value: Any, least: int, most: int) -> int:
 
 def _real(name: str, value: Any, most: float, above: float | None = None) -> float:
     """A finite number from 0 to `most`, or above `above`."""
-    if isinstance(value, (bool, np.bool)) or not isinstance(
-        value, (int, float, np.integer, np.floating)
-    ):
+    if not check.is_number(value):
         raise TypeError(f"`{name}` must be a number, not {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not (0 <= number <= most and number < math.inf) or number == above:
         low = "at least 0" if above is None else f"above {above}"
         high = "finite" if most == math.inf else f"at most {most}"

@@ -1,4 +1,4 @@
-"""The NumPy twin of cross-entropy's kernels: the running pair over tiles of classes."""
+"""The NumPy twin of cross-entropy's kernels: logsumexp's recurrence over tiles of classes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Array = np.ndarray[Any, Any]
 def forward(problem: Problem, operands: Operands) -> None:
     """Fill ``operands.lse`` and ``operands.loss``."""
     x, targets = operands.logits, operands.targets
-    m, d = cpu.empty(x), cpu.zero(x)
+    m, top, rest = cpu.empty(x), cpu.zero(x), cpu.zero(x)
     total = cpu.zero(x)  # of the logits, for label smoothing
     with np.errstate(all="ignore"):
         for tile in cpu.tiles(x):
             scores = cpu.wide(x[..., tile])
-            m, d = cpu.update(m, d, scores)
+            m, top, rest = cpu.update_log(m, top, rest, scores, scores.dtype.type(1))
             if problem.label_smoothing:
                 total = total + scores.sum(axis=-1, keepdims=True)
-        lse = (m + np.log(d))[..., 0]
+        lse = cpu.finish_log(m, top, rest)[0][..., 0]
         if operands.lse is not None:
             operands.lse[...] = lse
         counted = _counted(problem, targets)

@@ -7,6 +7,7 @@ import functools
 from ...jit.gpu import Gpu
 from ...jit.launch import Plan
 from ...jit.source import Kernel
+from ..plan import ITEMSIZE
 
 WARP = 32
 LOAD = 16  # bytes
@@ -59,7 +60,7 @@ def choose(
             _kernel("rows", dtype, lanes, vectors, filtered, constants),
             blocks=-(-rows // (threads // group)),
             threads=threads,
-            nbytes=rows * (columns * LOAD // vector + 8),
+            nbytes=rows * (columns * ITEMSIZE[dtype] + 8),
             operations=5 * rows * columns,
             why=f"{sharing}, held in registers: one read",
             copies=copies,
@@ -85,7 +86,7 @@ def _long(
 ) -> tuple[Plan, ...]:
     vectors = _vectors(dtype)
     slices = -(-loads // (WARP * vectors))
-    itemsize = LOAD // _vector(dtype)
+    itemsize = ITEMSIZE[dtype]
     tasks = rows * slices
     index = "uint32" if tasks < 2**31 else "int64"
     constants: dict[str, int | str] = {"kThreads": SUMS_THREADS, "Index": index}
@@ -160,7 +161,7 @@ def _plan(
 
 def _vector(dtype: str) -> int:
     """Elements a load."""
-    return {"float16": 8, "bfloat16": 8, "float32": 4, "float64": 2}[dtype]
+    return LOAD // ITEMSIZE[dtype]
 
 
 def _accumulator(dtype: str) -> int:

@@ -146,6 +146,10 @@ class Caller:
         """Allocate a native array, uninitialised; on a GPU, inside the `with` block."""
         return np.empty(shape, dtype)
 
+    def keep(self, native: NativeArray) -> NativeArray:
+        """Return an intermediate array; on a GPU it outlives the call if a graph is captured."""
+        return native
+
     def give(self, native: NativeArray) -> Any:
         """Hand a native array back as the caller's kind, without a copy.
 

@@ -23,6 +23,9 @@ class GpuCuPy(Caller):
     def empty(self, shape: tuple[int, ...], dtype: Any) -> NativeArray:
         return cp.ndarray(shape, dtype)
 
+    def keep(self, native: NativeArray) -> NativeArray:
+        return kept(native)
+
     def __enter__(self) -> Caller:
         self._device_before = cp.cuda.runtime.getDevice()
         if self._device_before != self.device:
@@ -203,6 +206,19 @@ def capturing() -> bool:
     """Tell whether a graph is being captured here, where no event may be asked or waited for."""
     stream = cp.cuda.get_current_stream()
     return stream.ptr not in (0, cp.cuda.runtime.streamLegacy) and stream.is_capturing()
+
+
+_captured: list[NativeArray] = []
+
+
+def kept(intermediate: NativeArray) -> NativeArray:
+    """Return an array that only cuflash knows, after noting it for good if a graph is captured.
+
+    The graph may be launched at any time, and its memory must not be another's by then.
+    """
+    if capturing():
+        _captured.append(intermediate)
+    return intermediate
 
 
 def _wait_for(producer: int) -> None:

@@ -296,13 +296,13 @@ def complete(caller: arrays.Caller, problem: Problem, operands: Operands) -> tup
     converted = [
         name for name, array in arriving.items() if getattr(array, "dtype", dtype) != dtype
     ]
-    operands.x = _as(operands.x, dtype, problem.shape)
+    operands.x = _as(caller, operands.x, dtype, problem.shape)
     if isinstance(operands.weights, (bool, int, float)):
-        number, operands.weights = operands.weights, caller.empty((), dtype)
+        number, operands.weights = operands.weights, caller.keep(caller.empty((), dtype))
         with np.errstate(over="ignore"):  # 1e5 is inf in float16
             operands.weights.fill(float(number))
     if operands.weights is not None:
-        operands.weights = _as(operands.weights, dtype, problem.shape)
+        operands.weights = _as(caller, operands.weights, dtype, problem.shape)
     if problem.reduces:
         reduced = tuple(1 if axis in problem.axes else n for axis, n in enumerate(problem.shape))
         if operands.out is None:
@@ -395,9 +395,9 @@ def _with_axes(array: Any, axes: tuple[int, ...]) -> Any:
     return array[tuple(None if axis in inserted else slice(None) for axis in range(ndim))]
 
 
-def _as(array: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+def _as(caller: arrays.Caller, array: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
     if array.dtype != dtype:
-        array = array.astype(dtype)
+        array = caller.keep(array.astype(dtype))
     return array if array.shape == shape else np.broadcast_to(array, shape)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..gpu_arrays import kept
 from ..jit import gpu, launch
 from ..jit.strides import address
 from . import layout, plan
@@ -102,7 +103,7 @@ def _in_elements(array: Any) -> bool:
 
 def _laid_out(array: Any, order: tuple[int, ...]) -> Any:
     """A copy in C order once its axes are put in `order`, seen with its axes as they were."""
-    return array.transpose(order).copy(order="C").transpose(np.argsort(order).tolist())
+    return kept(array.transpose(order).copy(order="C")).transpose(np.argsort(order).tolist())
 
 
 def _strides(placement: Placement | None) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -349,7 +349,7 @@ def _complete(
     return_lse: bool,
 ) -> tuple[Operands, tuple[str, ...]]:
     """Convert the logits if need be and allocate the results; also the names of what converted."""
-    logits, converted = _as("logits", native["logits"].transpose(last), problem.dtype)
+    logits, converted = _as(caller, "logits", native["logits"].transpose(last), problem.dtype)
     accumulator = np.dtype(problem.accumulator)
     operands = Operands(
         logits=logits,
@@ -367,11 +367,11 @@ def _complete_backward(
     last: tuple[int, ...],
     dloss: Any,
 ) -> tuple[BackwardOperands, tuple[str, ...]]:
-    logits, converted = _as("logits", native["logits"].transpose(last), problem.dtype)
+    logits, converted = _as(caller, "logits", native["logits"].transpose(last), problem.dtype)
     if native["dloss"] is None:
         dloss = float(dloss)
     else:
-        dloss, also = _as("dloss", native["dloss"], problem.accumulator)
+        dloss, also = _as(caller, "dloss", native["dloss"], problem.accumulator)
         converted += also
     if native["out"] is not None:
         out = native["out"].transpose(last)
@@ -381,11 +381,11 @@ def _complete_backward(
     return operands, converted
 
 
-def _as(name: str, array: Any, dtype: str) -> tuple[Any, tuple[str, ...]]:
+def _as(caller: arrays.Caller, name: str, array: Any, dtype: str) -> tuple[Any, tuple[str, ...]]:
     """The array in a dtype, and its name if that took a conversion."""
     if arrays.dtype_name(array.dtype) == dtype:
         return array, ()
-    return array.astype(dtype), (name,)
+    return caller.keep(array.astype(dtype)), (name,)
 
 
 def _backend(caller: arrays.Caller) -> ModuleType:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..gpu_arrays import kept
 from ..jit import gpu, launch
 from ..jit.launch import Plan
 from ..jit.strides import address, fold
@@ -159,7 +160,7 @@ def fit(asked: Problem, arrays: Arrays, replaceable: tuple[str, ...]) -> Folded:
     if len(folded.outer) <= MAX_AXES and all(map(_in_elements, arrays.values())):
         return folded
     copied = {
-        name: array.copy(order="C") if name in replaceable else array
+        name: kept(array.copy(order="C")) if name in replaceable else array
         for name, array in arrays.items()
     }
     return dataclasses.replace(_fold(asked, copied), copies=replaceable)

@@ -10,7 +10,7 @@
 constexpr int kTile = kVectors * kVector;
 constexpr int64 kStep = int64(kSharing) * kTile;  // columns that the threads of a row take at a time
 static_assert(!kRagged || (kDense && kReduces), "only dense rows that are not written are ragged");
-constexpr bool kPacked = sizeof(Element) == 2 && kVector > 1 && !kBeside;  // held rows stay two elements to a register
+constexpr bool kPacked = sizeof(Element) == 2 && kVector > 1 && !kBeside && !kReduces;  // held two elements to a register
 static_assert(kTile <= 32 || kPacked, "a tile's elements are told by the bits of a word");
 
 using Loaded = Vector<Element, kVector>;

@@ -44,7 +44,7 @@ struct Mailbox {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
         "{\n\t.reg .pred done;\n"
-        "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n\t"
+        "again:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n\t"
         "@!done bra again;\n\t}" ::"r"(shared_address(&barrier))
         : "memory");
 #endif

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import cupy
     import numpy as np
 
-_captured: list[cupy.ndarray] = []  # workspaces of graphs, which may be launched at any time
 _thread = threading.local()  # its recording, if there is one
 
 
@@ -100,11 +99,9 @@ def workspace(nbytes: int) -> cupy.ndarray | None:
         return None
     import cupy
 
-    from ..gpu_arrays import capturing
+    from ..gpu_arrays import kept
 
-    memory = cupy.ndarray(nbytes, "uint8")
-    if capturing():
-        _captured.append(memory)
+    memory = kept(cupy.ndarray(nbytes, "uint8"))
     recording = getattr(_thread, "recording", None)
     if recording is not None:
         recording.workspaces.append(memory)

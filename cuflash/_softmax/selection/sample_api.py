@@ -127,7 +127,7 @@ def sample(
     with caller, Recording() as made:
         out = caller.empty((problem.rows,), np.dtype(np.int64))
         if problem.rows:
-            _backend(caller).sample(problem, _as(native, problem), out)
+            _backend(caller).sample(problem, _as(caller, native, problem), out)
             if not caller.on_gpu or checked.on_device():
                 _all_drawn(problem, out)
     answer = caller.give(out.reshape(problem.answer))
@@ -244,9 +244,9 @@ def _all_drawn(problem: Problem, out: Any) -> None:
         )
 
 
-def _as(native: Any, problem: Problem) -> Any:
+def _as(caller: arrays.Caller, native: Any, problem: Problem) -> Any:
     dtype = np.dtype(native.dtype) if problem.dtype == "bfloat16" else np.dtype(problem.dtype)
-    return native if native.dtype == dtype else native.astype(dtype)
+    return native if native.dtype == dtype else caller.keep(native.astype(dtype))
 
 
 def _backend(caller: arrays.Caller) -> ModuleType:

@@ -9,7 +9,7 @@ from typing import Any
 import cupy as cp
 import numpy as np
 
-from ...gpu_arrays import capturing
+from ...gpu_arrays import kept
 from ...jit import gpu, launch
 from ...jit.strides import address, fold
 from . import sample_plan, topk_api, topk_gpu
@@ -85,13 +85,8 @@ def matrix(problem: Problem, logits: Any) -> Any:
     if stride is not None:
         shape, strides = (problem.rows, problem.columns), (stride, logits.itemsize)
         return cp.ndarray(shape, logits.dtype, logits.data, strides)
-    if capturing():
-        raise RuntimeError(
-            "logits must be copied first, which a captured CUDA graph cannot do: pass logits that "
-            "are contiguous along `axis`, with evenly spaced rows"
-        )
     rows = logits.transpose(*problem.kept, problem.axis)
-    return cp.ascontiguousarray(rows).reshape(problem.rows, problem.columns)
+    return kept(cp.ascontiguousarray(rows)).reshape(problem.rows, problem.columns)
 
 
 def _row_stride(problem: Problem, logits: Any) -> int | None:

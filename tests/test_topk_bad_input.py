@@ -40,7 +40,9 @@ def test_dtype(call, dtype):
 
 
 @pytest.mark.parametrize(
-    "x", ["text", {1: 2}, object(), np.ma.masked_array([1.0], [True]), 1j, None], ids=str
+    "x",
+    ["text", {1: 2}, object(), np.ma.masked_array([1.0], [True]), 1j, None],
+    ids=["text", "dict", "object", "masked", "complex", "none"],
 )
 def test_not_an_array(call, x):
     rejects(TypeError, "x", call=call, x=x)

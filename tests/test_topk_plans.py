@@ -42,35 +42,33 @@ def test_plans_are_sound(problem, arch):
     launches = topk_plan.choose(problem, 1, of_arch(arch))
     assert len(launches.plans) == 1 + (launches.slices > 1)
     if launches.second is None:
-        is_sound(problem, launches.first, problem.rows, problem.columns)
+        is_sound(problem, launches.first, problem.rows)
         return
     vector = 16 // DTYPES[problem.dtype].itemsize
     parts = problem.rows * launches.slices
     # What the kernel gives a part: whole vectors, at least k elements, the rest to the last one.
     width = problem.columns // launches.slices // vector * vector
     assert width - vector >= problem.k
-    longest = problem.columns + vector - (launches.slices - 1) * width
-    is_sound(problem, launches.first, parts, longest, loops=True)
-    is_sound(problem, launches.second, problem.rows, launches.slices * problem.k)
+    longest = problem.columns + vector - 1 - (launches.slices - 1) * width
+    assert topk_plan.longest(problem, launches.slices) == longest
+    is_sound(problem, launches.first, parts)
+    is_sound(problem, launches.second, problem.rows)
 
 
-def is_sound(problem, chosen, streams, columns, loops=None):
+def is_sound(problem, chosen, streams):
     c = dict(chosen.kernel.constants)
     vector = 16 // DTYPES[problem.dtype].itemsize
     items = c["kVectors"] * vector
-    chunk = c["kThreadsPerRow"] * items
+    maxima = c["kThreadsPerRow"] * c["kMaxima"]
     assert chosen.threads == c["kThreads"]
     assert chosen.threads * c["kBlocks"] <= 1024
     assert c["kBlocks"] >= 1
     assert chosen.grid[0] * (c["kThreads"] // c["kThreadsPerRow"]) >= streams
     assert items <= 32
     assert items % c["kMaxima"] == 0
-    assert loops or c["kLoops"] == (columns + vector - 1 > chunk)
-    # The first chunk has k elements, and k maxima of which to raise the threshold.
-    assert not c["kLoops"] or c["kThreadsPerRow"] * c["kMaxima"] >= problem.k + vector
-    most = topk_plan.most(problem.k)
-    assert most >= problem.k
-    assert c["kCapacity"] >= most * (1 + items // c["kMaxima"])
+    # The buffer has room for the maxima, and for more than what is kept of it when it is full.
+    assert c["kCapacity"] >= max(maxima, 2 * topk_plan.most(problem.k))
+    assert topk_plan.most(problem.k) >= problem.k
     key = 16 if problem.dtype == "float64" else 8
     rows = c["kThreads"] // c["kThreadsPerRow"]
     assert rows * c["kCapacity"] * key <= STATIC - 1024
@@ -84,9 +82,11 @@ def is_sound(problem, chosen, streams, columns, loops=None):
         (65536, 4000, 5, 32, 1),
         (4000, 32000, 50, 256, 1),
         (4000, 128_000, 50, 256, 1),
-        (128, 128_000, 50, 1024, 1),
-        (10, 128_000, 50, 512, 2),
-        (1, 10**7, 50, 512, 2),
+        (128, 128_000, 50, 512, 1),
+        (10, 1000, 50, 128, 1),
+        (10, 32000, 50, 512, 1),
+        (10, 128_000, 50, 256, 2),
+        (1, 10**7, 50, 256, 2),
         (4000, 128_000, 1024, 512, 1),
     ],
 )

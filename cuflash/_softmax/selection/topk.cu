@@ -1,17 +1,16 @@
 // topk and softmax_topk: the k largest elements of each row, sorted, in one read of x (Milakov and Gimelshein,
 // Algorithm 4).
 //
-// Each row, or each of `slices` parts of it, is read chunk by chunk. Instead of k + 1 sorted elements there are a bound
-// that k elements so far are at least equal to, and a buffer of those that were above the bound. Later elements that only
-// equal the bound have higher columns and come too late. When the buffer would overflow, the bound is raised: to the k-th
-// largest candidate, and to the k-th largest of the maxima that threads have of parts of the chunk.
+// Each row, or each of `slices` parts of it, is read chunk by chunk. Instead of k + 1 sorted elements there are a
+// bound that k elements so far reach, and a buffer of those that reached it. The first bound comes from the threads'
+// maxima of the first chunk. From then on warps read on by themselves, and meet when one finds no room in the buffer: the
+// bound is raised to about the k-th of the candidates, and what does not reach it is dropped.
 //
 //   kThreadsPerRow  32, so that a warp has a row, or all kThreads of the block
 //   kBlocks         of which a multiprocessor has room for: what registers go by
 //   kVectors        16-byte loads of a thread at a time: with those of its row's other threads, a chunk
-//   kMaxima         maxima that a thread has of a chunk
-//   kCapacity       keys in the buffer: at least `most` and `most` parts of a chunk
-//   kLoops          a row may be longer than a chunk
+//   kMaxima         maxima that a thread has of the first chunk
+//   kCapacity       keys in the buffer
 //   kSoftmax        the pair (m, d) is taken from the same read
 //   kSlices         rows are in parts: each leaves its k largest, and its pair, for a second launch
 //   kMerges         that second launch: x is what the parts left, in their order and so with equal elements in theirs
@@ -23,11 +22,13 @@ constexpr int kMaxAxes = 4;
 constexpr int kVector = 16 / sizeof(Element);
 constexpr int kItems = kVectors * kVector;
 constexpr int kUnit = kItems / kMaxima;
-constexpr int kStep = kThreadsPerRow * kItems;
+constexpr int kStride = kThreadsPerRow * kVector;  // between two vectors of a thread
+constexpr int kStep = kVectors * kStride;
 constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
 static_assert(kOuterAxes >= 1 && kOuterAxes <= kMaxAxes, "rows need 1 to 4 axes");
 static_assert(kItems <= 32, "an item has a bit of a word");
 static_assert(kItems % kMaxima == 0, "maxima are of equal parts");
+static_assert(kCapacity >= kThreadsPerRow * kMaxima, "the maxima of a chunk are candidates at first");
 
 using Pair = RunningPair<Score, BaseE>;
 
@@ -69,14 +70,11 @@ struct Chunk {
   }
 };
 
-// Where this thread's items lie in a chunk. Made anew where it is wanted: no register keeps it through the loop.
-struct Places {
-  int first = recomputed(thread_of_row()) * kVector;
-
-  __device__ __forceinline__ int operator[](int i) const {
-    return first + i / kVector * (kThreadsPerRow * kVector) + i % kVector;
-  }
-};
+// Where item i of this thread lies in a chunk. Made anew where it is wanted: no register keeps it through the loop.
+__device__ __forceinline__ int place_of(int i) {
+  const int thread = uint32(recomputed(threadIdx.x)) % kThreadsPerRow;
+  return thread * kVector + i / kVector * kStride + i % kVector;
+}
 
 // Which slice of which row; made anew where it is wanted, like Places.
 struct Part {
@@ -84,7 +82,7 @@ struct Part {
 
   explicit __device__ __forceinline__ Part(const Params& params) {
     number = int64(recomputed(blockIdx.x)) * kRowsPerBlock + recomputed(threadIdx.x) / kThreadsPerRow;
-    row = kSlices ? number / params.slices : number;
+    row = kSlices ? uint32(number) / uint32(params.slices) : number;  // two launches are for few rows
     slice = kSlices ? number - row * params.slices : 0;
   }
 };
@@ -110,49 +108,42 @@ struct Row {
 
   // The places from `low` on and below `high` of the chunk at `at` are elements of the row.
   __device__ __forceinline__ int low(int64 at) const { return at == 0 ? head : 0; }
-  __device__ __forceinline__ int high(int64 at) const { return end - at < kStep ? int(end - at) : kStep; }
-  __device__ __forceinline__ bool has_all(int64 at) const { return low(at) == 0 && at + kStep <= end; }
+  __device__ __forceinline__ int high(int64 at) const { return int(min_of(end - at, int64(kStep))); }
+  __device__ __forceinline__ bool has(int64 at, int place) const { return low(at) <= place && place < high(at); }
 
-  __device__ __forceinline__ uint32 column(int64 at, int place) const { return uint32(at) + place - head; }
+  // Of the element there. Elements of lower columns have higher ranks.
+  __device__ __forceinline__ uint32 rank(int64 at, int place) const { return ~(uint32(at) + place - head); }
 
-  // What the row does not have is -inf.
+  // What the row does not have is -inf. Whole vectors come first, all at once; few threads have one in part.
   __device__ __forceinline__ void load(int64 at, Chunk& chunk) const {
-    const Places places;
-    const Element* from = x + at;
-    if (has_all(at)) {
+    const int own = place_of(0), below = low(at) - own, above = high(at) - own;
+    const Element* from = x + at + own;
+    if (low(at) == 0 && high(at) == kStep) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        chunk.vectors[v] = *reinterpret_cast<const Vector<uint32, 4>*>(from + places[v * kVector]);
+        chunk.vectors[v] = *reinterpret_cast<const Vector<uint32, 4>*>(from + v * kStride);
       }
       return;
     }
-    const int below = low(at), above = high(at);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int here = places[v * kVector];
-      if (below <= here && here + kVector <= above) {
-        chunk.vectors[v] = *reinterpret_cast<const Vector<uint32, 4>*>(from + here);
-        continue;
+      auto& vector = reinterpret_cast<Vector<Element, kVector>&>(chunk.vectors[v]);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) vector.at[i] = narrow<Element>(-infinity<Score>());
+      if (below <= v * kStride && v * kStride + kVector <= above) {
+        chunk.vectors[v] = *reinterpret_cast<const Vector<uint32, 4>*>(from + v * kStride);
       }
-      Vector<Element, kVector> vector;
+    }
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (below <= v * kStride && v * kStride + kVector <= above) continue;
+      auto& vector = reinterpret_cast<Vector<Element, kVector>&>(chunk.vectors[v]);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const bool present = below <= here + i && here + i < above;
-        vector.at[i] = present ? from[here + i] : narrow<Element>(-infinity<Score>());
+        const int here = v * kStride + i;
+        if (below <= here && here < above) vector.at[i] = from[here];
       }
-      chunk.vectors[v] = reinterpret_cast<const Vector<uint32, 4>&>(vector);
     }
-  }
-
-  // A bit for each item that is an element of the row.
-  __device__ __forceinline__ uint32 present(int64 at) const {
-    if (has_all(at)) return ~0u;
-    const Places places;
-    const int below = low(at), above = high(at);
-    uint32 bits = 0;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) bits |= uint32(below <= places[i] && places[i] < above) << i;
-    return bits;
   }
 };
 
@@ -161,157 +152,128 @@ struct Search {
   const Params& params;
   const Row& row;
   Candidates& candidates;
-  int held = 0;     // candidates
-  Order bound = 0;  // nothing is below it at first
+  Key bound = {0, 0};  // which all elements reach
   Pair pair = Pair::empty();
 
   __device__ __forceinline__ int k() const { return int(params.k); }
   __device__ __forceinline__ int most() const { return int(params.most); }
 
-  __device__ __forceinline__ void take_pair(const Chunk& chunk, Score largest) {
-    pair.raise(largest);
-    const Score shift = BaseE::reference(pair.max);
+  // Of items first to end - 1. In two chains, for one would wait for itself; so do the sums.
+  static __device__ __forceinline__ Score largest(const Chunk& chunk, int first, int end) {
+    Score max[2] = {chunk[first], chunk[end - 1]};
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) pair.sum += BaseE::exp_in_sum(chunk[i] - shift);
+    for (int i = first + 1; i < end - 1; ++i) max[i % 2] = larger(max[i % 2], chunk[i]);
+    return larger(max[0], max[1]);
   }
 
-  // The items above the bound, a bit for each. More where the bound is no number, as when it tells NaN from infinity.
-  __device__ __forceinline__ uint32 above(const Chunk& chunk) const {
-    const Score bound_score = score_of(bound);
+  // Finds a bound that k maxima of the first chunk reach. Their ranks are at most those of their elements, so that the
+  // elements reach it too, and 0 where that is not an element's.
+  __device__ __forceinline__ void begin(const Chunk& chunk, int64 at) {
+    constexpr int kMaximaOfRow = kThreadsPerRow * kMaxima;
+#pragma unroll
+    for (int j = 0; j < kMaxima; ++j) {
+      const int last = place_of((j + 1) * kUnit - 1);
+      const uint32 rank = row.has(at, last) ? row.rank(at, last) : 0;
+      candidates.keys[j * kThreadsPerRow + thread_of_row()] = {order(largest(chunk, j * kUnit, (j + 1) * kUnit)), rank};
+    }
+    sync_row();  // all maxima are there
+    bound = candidates.threshold(kMaximaOfRow, k(), most());
+    sync_row();  // all have read what is overwritten now
+  }
+
+  // Takes a chunk into the pair. Returns the items that may reach the bound, a bit for each: with those that compare to
+  // neither side, and those that are equal and may have come too late.
+  __device__ __forceinline__ uint32 take(const Chunk& chunk) {
+    const Score max = largest(chunk, 0, kItems);
+    if constexpr (kSoftmax) {
+      pair.raise(max);
+      const Score shift = BaseE::reference(pair.max);
+      Score sums[2] = {Score(0), Score(0)};
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) sums[i % 2] += BaseE::exp_in_sum(chunk[i] - shift);
+      pair.sum += sums[0] + sums[1];
+    }
+    if (order(max) < bound.value) return 0;
+    const Score score = score_of(bound.value);
     uint32 bits = 0;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) bits |= uint32(exceeds(chunk[i], bound_score)) << i;
+    for (int i = 0; i < kItems; ++i) bits |= uint32(!(chunk[i] < score)) << i;
     return bits;
   }
 
-  // Raises the bound to the k-th largest of the maxima; returns the items that were above the bound and reach it. They
-  // are in at most `most` parts.
-  __device__ __forceinline__ uint32 tighten(const Chunk& chunk, const Score (&maxima)[kMaxima], int64 at) {
-    const Places places;
-    Order values[kMaxima];
-#pragma unroll
-    for (int j = 0; j < kMaxima; ++j) values[j] = order(maxima[j]);
-    int reached = most() + 1;  // more than `most`, however many
-    const Order value = select<Order>(k(), most(), reached, [&](Order trial) {
-      int n = 0;
-#pragma unroll
-      for (int j = 0; j < kMaxima; ++j) n += count_in_row(values[j] >= trial);
-      return n;
-    });
-    uint32 rank = 0;
-    if (reached > most()) {  // many are equal: of them the lowest columns
-      const uint32 present = row.present(at);
-      uint32 ranks[kMaxima];
-#pragma unroll
-      for (int j = 0; j < kMaxima; ++j) {
-        ranks[j] = values[j] > value ? ~0u : 0;
-#pragma unroll
-        for (int i = (j + 1) * kUnit - 1; i >= j * kUnit; --i) {  // the first, by coming last
-          const bool ties = values[j] == value && order(chunk[i]) == value && (present >> i & 1);
-          if (ties) ranks[j] = ~row.column(at, places[i]);
-        }
-      }
-      rank = select<uint32>(k(), most(), reached, [&](uint32 trial) {
-        int n = 0;
-#pragma unroll
-        for (int j = 0; j < kMaxima; ++j) n += count_in_row(ranks[j] >= trial);
-        return n;
-      });
-    }
-    uint32 bits = 0;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const Key key = {order(chunk[i]), ~row.column(at, places[i])};
-      bits |= uint32(key.value > bound && key.reaches(value, rank)) << i;
-    }
-    bound = max_of(bound, value);
-    return bits & row.present(at);
-  }
-
-  __device__ __forceinline__ void append(uint32 bits, int slot, int64 at) {
-    const Places places;
+  // Appends those of the items that reach the bound. Returns those that there was no room for.
+  __device__ __forceinline__ uint32 append(uint32 bits, int64 at) {
+#pragma unroll 1
     while (bits != 0) {
-      const int here = places[__ffs(bits) - 1];
+      const int place = place_of(__ffs(bits) - 1);
+      if (row.has(at, place)) {
+        const Key key = {order(widen(row.x[at + place])), row.rank(at, place)};
+        if (key.reaches(bound) && !candidates.append(key)) break;
+      }
       bits &= bits - 1;
-      candidates.keys[slot++] = {order(widen(row.x[at + here])), ~row.column(at, here)};
+    }
+    return bits;
+  }
+
+  // Appends what reaches the bound, which is raised when there is no room. Returns once that is done, and from the last
+  // chunk once all warps are done.
+  __device__ __forceinline__ void keep(uint32 bits, int64 at, bool last) {
+    for (;;) {
+      bits = append(bits, at);
+      const bool waits = __any_sync(0xffffffff, bits != 0);
+      if (!waits && !last) return;
+      // A barrier: all warps are here, and the keys are complete.
+      if (!any_in_row(waits)) return;
+      bound = candidates.shrink(kCapacity, k(), most());
     }
   }
 
-  __device__ __forceinline__ void take(const Chunk& chunk, int64 at) {
-    Score maxima[kMaxima];
-#pragma unroll
-    for (int j = 0; j < kMaxima; ++j) {
-      maxima[j] = chunk[j * kUnit];
-#pragma unroll
-      for (int i = 1; i < kUnit; ++i) maxima[j] = larger(maxima[j], chunk[j * kUnit + i]);
-    }
-    Score largest = maxima[0];
-#pragma unroll
-    for (int j = 1; j < kMaxima; ++j) largest = larger(largest, maxima[j]);
-    if (kSoftmax) take_pair(chunk, largest);
-
-    const bool passes = order(largest) > bound;
-    if (!any_in_row(passes)) return;  // a barrier too: all have read `held`, and the keys are complete
-    uint32 bits = 0;
-    int slot = 0;
-    bool fits = bound != 0;  // the first chunk passes entirely
-    if (fits) {
-      if (passes) bits = above(chunk) & row.present(at);
-      slot = candidates.reserve(__popc(bits));
-      sync_row();  // everyone has reserved
-      fits = candidates.held <= kCapacity;
-    }
-    if (!fits) {
-      sync_row();  // everyone has seen that
-      if (thread_of_row() == 0) candidates.held = held;
-      sync_row();  // the reservations are taken back
-      if (held > most()) bound = max_of(bound, candidates.shrink(held, k(), most()));
-      bits = tighten(chunk, maxima, at);
-      slot = candidates.reserve(__popc(bits));
-      sync_row();  // everyone has reserved
-    }
-    append(bits, slot, at);
-    held = candidates.held;
-  }
-
+  // Leaves the k largest in the buffer, sorted.
   __device__ __forceinline__ void run() {
-    Chunk chunk, next;
-    row.load(row.start, chunk);
+    Chunk chunk;
+    uint32 bits = 0;  // of the chunk before
 #pragma unroll 1
     for (int64 at = row.start;; at += kStep) {
-      const bool last = !kLoops || at + kStep >= row.end;
-      if (!last) row.load(at + kStep, next);  // on its way while this one is looked at
-      take(chunk, at);
+      const bool last = at >= row.end;
+      if (!last) row.load(at, chunk);  // on its way while the one before is seen to
+      keep(bits, at - kStep, last);
       if (last) break;
-      chunk = next;
+      if (at == row.start && row.end - row.start > kFew) begin(chunk, at);
+      bits = take(chunk);
     }
-    sync_row();  // the keys are complete
-    if (held > most()) {
+    finish(candidates.held);
+  }
+
+  __device__ __forceinline__ void finish(int held) {
+    if (held > kFew && held > most()) {
       candidates.shrink(held, k(), most());
       held = candidates.held;
     }
-    candidates.sort(held);
+    if (held <= kFew) {
+      candidates.sort_few(held);
+    } else {
+      candidates.sort_many(held);
+    }
   }
 };
 
 // Joins the pairs of a row's threads; all of them get the same. At most once in a kernel.
 __device__ __forceinline__ Pair merge_row(Pair pair) {
   const auto merge = [&](int threads) {
-    for (int mask = 1; mask < threads; mask *= 2) {
-      pair.merge({__shfl_xor_sync(0xffffffff, pair.max, mask), __shfl_xor_sync(0xffffffff, pair.sum, mask)});
-    }
+    Score max = pair.max;
+    for (int mask = 1; mask < threads; mask *= 2) max = max_of(max, __shfl_xor_sync(0xffffffff, max, mask));
+    pair.raise(max);
+    for (int mask = 1; mask < threads; mask *= 2) pair.sum += __shfl_xor_sync(0xffffffff, pair.sum, mask);
   };
   merge(32);
   if constexpr (!kWarpPerRow) {
-    constexpr int kWarps = kThreads / 32;
     __shared__ Pair warps_smem[kWarps];
     if (threadIdx.x % 32 == 0) warps_smem[threadIdx.x / 32] = pair;
     __syncthreads();  // every warp reads all warps' pairs
     pair = warps_smem[threadIdx.x % kWarps];
     merge(kWarps);
   }
-  // Threads may differ in the last bit, from the order in which they added.
-  return {__shfl_sync(0xffffffff, pair.max, 0), __shfl_sync(0xffffffff, pair.sum, 0)};
+  return pair;
 }
 
 __device__ __forceinline__ void write(const Params& params, const Row& row, const Key* keys, Pair pair) {
@@ -323,13 +285,13 @@ __device__ __forceinline__ void write(const Params& params, const Row& row, cons
   Result* values = params.values + (kSlices ? packed : offset(params, part.row, params.values_strides));
   int64* indices = params.indices + (kSlices ? packed : offset(params, part.row, params.indices_strides));
   for (int j = thread_of_row(); j < params.k; j += kThreadsPerRow) {
-    const uint32 column = ~keys[j].rank;
-    const Element element = row.x[row.head + int64(column)];
+    const Key key = keys[j];
+    const uint32 column = ~key.rank;
     Result& value = values[kSlices ? j : j * params.values_strides[kMaxAxes]];
     if constexpr (kProbabilities) {
-      value = narrow<Result>(BaseE::exp(widen(element) - shift) * inverse);
+      value = narrow<Result>(BaseE::exp(score_of(key.value) - shift) * inverse);
     } else {
-      value = element;
+      value = row.x[row.head + int64(column)];  // bit for bit: keys know neither -0 nor one NaN from another
     }
     indices[kSlices ? j : j * params.indices_strides[kMaxAxes]] =
         kMerges ? params.columns_of[part.row * params.columns + column] : int64(column);
@@ -344,7 +306,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) topk(const __gri
   const Row row(params, part);
   Search search = {params, row, rows_smem[mine]};
   if (thread_of_row() == 0) search.candidates.held = 0;
-  search.run();  // which begins with a barrier
+  sync_row();  // the count is 0
+  search.run();
 
   Pair pair = search.pair;
   if constexpr (kMerges && kProbabilities) {

@@ -31,14 +31,6 @@ __device__ __forceinline__ double score_of(uint64 order) {
   return __longlong_as_double(int64(order & sign ? order ^ sign : ~order));
 }
 
-// Greater, or not comparable; without .ftz, as order() has it. PTX ISA, "Comparison and Selection Instructions: setp".
-__device__ __forceinline__ bool exceeds(float x, float bound) {
-  uint32 yes;
-  asm("{ .reg .pred p; setp.gtu.f32 p, %1, %2; selp.u32 %0, 1, 0, p; }" : "=r"(yes) : "f"(x), "f"(bound));
-  return yes;
-}
-__device__ __forceinline__ bool exceeds(double x, double bound) { return !(x <= bound); }
-
 // The larger, NaN above all. PTX ISA, "Floating Point Instructions: max".
 __device__ __forceinline__ float larger(float a, float b) {
 #if __CUDA_ARCH__ >= 800
@@ -56,8 +48,8 @@ struct alignas(2 * sizeof(Order)) Key {
   Order value;
   uint32 rank;  // the column's complement; 0 for no element
 
-  // Whether the element comes first, or is at the threshold itself.
-  __device__ __forceinline__ bool reaches(Order threshold, uint32 least_rank) const {
-    return value > threshold || (value == threshold && rank >= least_rank);
+  // Whether the element comes before that of another key, or is the same. Without branches, as && has them.
+  __device__ __forceinline__ bool reaches(Key other) const {
+    return value > other.value | (value == other.value & rank >= other.rank);
   }
 };

@@ -13,12 +13,16 @@ from .topk_api import Problem
 
 LOAD = 16  # bytes
 WARP = 32
+ITEMS = 32  # elements that a thread has of a chunk at most: the bits of a word
 WARPS_BLOCK = 128  # threads of a block whose warps have rows of their own
-ITEMS = 32  # elements of a chunk that a thread has at most: bits of a word
 WARP_K = 64  # beyond, a warp spends more on its candidates than on its row
-WARP_ROW = 16 * 1024  # bytes of a row that a warp reads in turn, where there are rows for all warps
+WARP_ROW = 16 * 1024  # bytes of a row at most that a warp reads, where there are rows for all warps
+WARP_ROW_ALONE = 2 * 1024  # the same where there are few rows
 SMALL_ROW = 32 * 1024  # bytes of a row for the smallest block
-BUFFER = {"warp": 4 * 1024, "block": 44 * 1024}  # bytes of candidates at most
+ALONE_ROW = 256 * 1024  # bytes of a row that one block reads sooner than two launches
+SLICE = 16 * 1024  # bytes of a part at least
+ROUNDS = 16  # chunks whose candidates a buffer takes, if they are like the first
+BUFFER = {"warp": 4 * 1024, "block": 40 * 1024}  # bytes of candidates at most
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,10 @@ class Sharing:
 
     per_row: int  # threads
     threads: int  # of a block
+    blocks: int  # of a multiprocessor
     vectors: int
     maxima: int
     capacity: int
-    loops: bool
 
 
 @dataclass(frozen=True)
@@ -64,51 +68,59 @@ def choose(problem: Problem, axes: int, gpu: Gpu, copies: tuple[str, ...] = ()) 
     if parts == 1:
         sharing = share(problem, problem.rows, problem.columns, gpu)
         return Launches(_plan(problem, sharing, axes, 1, "whole", gpu, copies), None, 1)
-    sharing = block(problem, 512, problem.columns)
+    sharing = block(problem, least(problem, 256), longest(problem, parts), gpu)
     first = _plan(problem, sharing, axes, parts, "slices", gpu, copies)
     sharing = share(problem, problem.rows, parts * problem.k, gpu)
     return Launches(first, _plan(problem, sharing, axes, parts, "merges", gpu, ()), parts)
 
 
 def most(k: int) -> int:
-    """Candidates that may be kept when a threshold is raised: near to k is found sooner than k."""
-    return k + k // 4 + 4
+    """Candidates that may be kept when a bound is raised: near to k is found sooner than k."""
+    return k + k // 8 + 4
 
 
 def slices(problem: Problem, gpu: Gpu) -> int:
     """Into how many parts rows are divided, to have work for every multiprocessor."""
-    if problem.rows > gpu.multiprocessors // 2:
+    size = LOAD // _vector(problem.dtype)
+    if problem.rows > gpu.multiprocessors // 2 or problem.columns * size < ALONE_ROW:
         return 1
-    chunk = 512 * _most_vectors(problem.dtype, loops=True) * _vector(problem.dtype)
     # The second launch reads k of each part: no longer than a part.
     balanced = math.isqrt(problem.columns // problem.k)
     wanted = 2 * gpu.multiprocessors // problem.rows
-    return max(1, min(wanted, problem.columns // chunk, balanced))
+    return max(1, min(wanted, problem.columns * size // SLICE, balanced))
+
+
+def longest(problem: Problem, parts: int) -> int:
+    """Columns of the last part: the others are as many whole vectors (topk.cu, Row)."""
+    vector = _vector(problem.dtype)
+    width = problem.columns // parts // vector * vector
+    return problem.columns + vector - 1 - (parts - 1) * width
 
 
 def share(problem: Problem, rows: int, columns: int, gpu: Gpu) -> Sharing:
     """A warp for each short row, a block for each long one."""
-    size, resident = LOAD // _vector(problem.dtype), _resident(problem, gpu)
-    alone = WARP * _vector(problem.dtype) * _most_vectors(problem.dtype, loops=False)
+    size = LOAD // _vector(problem.dtype)
+    resident = _resident(problem, _most_vectors(problem), gpu)
     busy = rows >= gpu.multiprocessors * resident // WARP // 4
-    if problem.k <= WARP_K and (
-        columns + LOAD // size <= alone or (busy and columns * size <= WARP_ROW)
-    ):
-        return _sharing(problem, WARP, WARPS_BLOCK, columns)
-    threads = 128 if columns * size <= SMALL_ROW else 256
-    threads = min(512, max(threads, bucket(problem.k)))
-    two_chunks = 2 * threads * _most_vectors(problem.dtype, loops=True) * LOAD
+    if problem.k <= WARP_K and columns * size <= (WARP_ROW if busy else WARP_ROW_ALONE):
+        return _sharing(problem, WARP, WARPS_BLOCK, columns, gpu)
+    threads = least(problem, 128 if columns * size <= SMALL_ROW else 256)
     while (
-        threads < resident
+        2 * threads <= resident
         and 2 * threads * rows <= gpu.multiprocessors * resident
-        and columns * size >= two_chunks
+        and columns * size >= 2 * threads * LOAD
     ):
-        threads, two_chunks = 2 * threads, 2 * two_chunks
-    return block(problem, threads, columns)
+        threads *= 2
+    return block(problem, threads, columns, gpu)
 
 
-def block(problem: Problem, threads: int, columns: int) -> Sharing:
-    return _sharing(problem, threads, threads, columns)
+def block(problem: Problem, threads: int, columns: int, gpu: Gpu) -> Sharing:
+    return _sharing(problem, threads, threads, columns, gpu)
+
+
+def least(problem: Problem, threads: int) -> int:
+    """Threads of a block, so many at least that their maxima tell a bound for large k as well."""
+    return min(512, max(threads, bucket(problem.k)))
 
 
 def bucket(k: int) -> int:
@@ -116,28 +128,20 @@ def bucket(k: int) -> int:
     return max(8, 1 << (k - 1).bit_length())
 
 
-def _sharing(problem: Problem, per_row: int, threads: int, columns: int) -> Sharing:
+def _sharing(problem: Problem, per_row: int, threads: int, columns: int, gpu: Gpu) -> Sharing:
     vector = _vector(problem.dtype)
     loads = -(-(columns + vector - 1) // (per_row * vector))  # the row may begin inside a vector
-    alone = _most_vectors(problem.dtype, loops=per_row > WARP)
-    loops = loads > alone
-    vectors = _most_vectors(problem.dtype, loops=True) if loops else _power_of_two(loads)
+    vectors = min(_power_of_two(loads), _most_vectors(problem))
     items = vectors * vector
-    kept = most(bucket(problem.k))
-    key = 16 if problem.dtype == "float64" else 8
-    room = BUFFER["warp" if per_row == WARP else "block"]
-
-    def capacity(maxima: int) -> int:
-        """What was kept, and that many parts of a chunk."""
-        return kept * (1 + items // maxima)
-
-    # Half of the maxima or fewer are above a threshold: then it is near to the k-th element.
     maxima = 1
-    while maxima < items and (
-        per_row * maxima < 2 * bucket(problem.k) or capacity(maxima) * key > min(room, 64 * threads)
-    ):
+    while maxima < items and per_row * maxima < 2 * bucket(problem.k):
         maxima *= 2
-    return Sharing(per_row, threads, vectors, maxima, capacity(maxima), loops)
+    key = 16 if problem.dtype == "float64" else 8
+    room = BUFFER["warp"] if per_row == WARP else min(BUFFER["block"], 64 * threads)
+    kept = most(bucket(problem.k))
+    capacity = max(min(ROUNDS * kept, room // key), 2 * kept, per_row * maxima)
+    blocks = _resident(problem, vectors, gpu) // threads
+    return Sharing(per_row, threads, blocks, vectors, maxima, capacity)
 
 
 def _plan(
@@ -157,11 +161,10 @@ def _plan(
         ("kOuterAxes", axes),
         ("kThreads", sharing.threads),
         ("kThreadsPerRow", sharing.per_row),
-        ("kBlocks", _resident(problem, gpu) // sharing.threads),
+        ("kBlocks", sharing.blocks),
         ("kVectors", sharing.vectors),
         ("kMaxima", sharing.maxima),
         ("kCapacity", sharing.capacity),
-        ("kLoops", sharing.loops),
         ("kSoftmax", softmax and not merging),
         ("kSlices", slicing),
         ("kMerges", merging),
@@ -192,15 +195,16 @@ def _vector(dtype: str) -> int:
     return {"float64": 2, "float32": 4}.get(dtype, 8)
 
 
-def _resident(problem: Problem, gpu: Gpu) -> int:
-    """Threads of a multiprocessor: 64 registers each, or 128 where that would spill."""
-    return 1024 if gpu.arch >= 90 and problem.dtype != "float64" and problem.k <= 256 else 512
+def _most_vectors(problem: Problem) -> int:
+    """Loads of a thread at a time. A double takes more registers than its own."""
+    return 4 if problem.dtype == "float64" else ITEMS // _vector(problem.dtype)
 
 
-def _most_vectors(dtype: str, *, loops: bool) -> int:
-    if loops:
-        return 4 if dtype == "float32" else 2
-    return 8 if dtype == "float32" else 4
+def _resident(problem: Problem, vectors: int, gpu: Gpu) -> int:
+    """Threads of a multiprocessor: 64 registers each, or 80 or 128 where that would spill."""
+    if gpu.arch < 90 or problem.dtype == "float64" or problem.k > 256:
+        return 512
+    return 768 if vectors == _most_vectors(problem) else 1024
 
 
 def _power_of_two(n: int) -> int:

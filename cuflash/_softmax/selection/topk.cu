@@ -3,8 +3,8 @@
 //
 // Each row, or each of `slices` parts of it, is read chunk by chunk. Instead of k + 1 sorted elements there are a
 // bound that k elements so far reach, and a buffer of those that reached it. The first bound comes from the threads'
-// maxima of the first chunk. From then on warps read on by themselves, and meet when one finds no room in the buffer: the
-// bound is raised to about the k-th of the candidates, and what does not reach it is dropped.
+// maxima of the first chunk. From then on warps read on by themselves, and meet when one finds no room in the buffer:
+// the bound is raised to about the k-th of the candidates, and what does not reach it is dropped.
 //
 //   kThreadsPerRow  32, so that a warp has a row, or all kThreads of the block
 //   kBlocks         of which a multiprocessor has room for: what registers go by

@@ -216,7 +216,7 @@ def kept(intermediate: NativeArray) -> NativeArray:
 
     The graph may be launched at any time, and its memory must not be another's by then.
     """
-    if capturing():
+    if isinstance(intermediate, cp.ndarray) and capturing():
         _captured.append(intermediate)
     return intermediate
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..gpu_arrays import kept
 from ..jit import gpu, launch
-from ..jit.strides import address
+from ..jit.strides import address, in_elements
 from . import layout, plan
 from .layout import MAX_AXES, Layout, Placement
 from .problem import Operands, Problem
@@ -66,7 +66,7 @@ def fit(problem: Problem, operands: Operands) -> tuple[Operands, Layout, tuple[s
     Almost always the operands as they are. Otherwise all of them are laid out afresh, rows last.
     """
     placed = layout.of(problem, operands)
-    if placed.fits and all(map(_in_elements, _named(operands).values())):
+    if placed.fits and all(map(in_elements, _named(operands).values())):
         return operands, placed, ()
     order = problem.kept + problem.axes
     copied = Operands(**{name: _laid_out(array, order) for name, array in _named(operands).items()})
@@ -81,8 +81,8 @@ def pack(placed: Layout, operands: Operands, chosen: plan.Launches) -> np.ndarra
         "columns": placed.columns,
         "splits": chosen.splits,
         "slice": chosen.slice,
-        "outer": _padded(placed.outer),
-        "reduced": _padded(placed.reduced),
+        "outer": padded(placed.outer),
+        "reduced": padded(placed.reduced),
         "x_strides": _strides(placed.x),
         "weights_strides": _strides(placed.weights),
         "out_strides": _strides(placed.out),
@@ -96,11 +96,6 @@ def _named(operands: Operands) -> dict[str, Any]:
     return {name: array for name, array in vars(operands).items() if array is not None}
 
 
-def _in_elements(array: Any) -> bool:
-    """Whether the strides are whole numbers of elements; fields of records may not be."""
-    return all(stride % array.itemsize == 0 for stride in array.strides)
-
-
 def _laid_out(array: Any, order: tuple[int, ...]) -> Any:
     """A copy in C order once its axes are put in `order`, seen with its axes as they were."""
     return kept(array.transpose(order).copy(order="C")).transpose(np.argsort(order).tolist())
@@ -108,9 +103,9 @@ def _laid_out(array: Any, order: tuple[int, ...]) -> Any:
 
 def _strides(placement: Placement | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if placement is None:
-        return _padded(()), _padded(())
-    return _padded(placement.outer), _padded(placement.reduced)
+        return padded(()), padded(())
+    return padded(placement.outer), padded(placement.reduced)
 
 
-def _padded(sizes: tuple[int, ...]) -> tuple[int, ...]:
+def padded(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return sizes + (0,) * (MAX_AXES - len(sizes))

@@ -13,7 +13,7 @@ import numpy as np
 from ..gpu_arrays import kept
 from ..jit import gpu, launch
 from ..jit.launch import Plan
-from ..jit.strides import address, fold
+from ..jit.strides import address, fold, in_elements
 from . import gpu as engine
 from . import loss_plan, problem
 from .layout import MAX_AXES, Layout, Placement
@@ -157,7 +157,7 @@ def _plan_backward(
 def fit(asked: Problem, arrays: Arrays, replaceable: tuple[str, ...]) -> Folded:
     """Fold the rows' axes; where that leaves too many, once `replaceable` arrays are copied."""
     folded = _fold(asked, arrays)
-    if len(folded.outer) <= MAX_AXES and all(map(_in_elements, arrays.values())):
+    if len(folded.outer) <= MAX_AXES and all(map(in_elements, arrays.values())):
         return folded
     copied = {
         name: kept(array.copy(order="C")) if name in replaceable else array
@@ -175,11 +175,6 @@ def _fold(asked: Problem, arrays: Arrays) -> Folded:
     ]
     outer, folded = fold(asked.shape, strides, range(ndim))
     return Folded(arrays, outer, dict(zip(arrays, map(tuple, folded))))
-
-
-def _in_elements(array: Any) -> bool:
-    """Whether the strides are whole numbers of elements; fields of records may not be."""
-    return all(stride % array.itemsize == 0 for stride in array.strides)
 
 
 def _is_number(value: Any) -> bool:
@@ -230,17 +225,13 @@ def _packed(
     for name, array in folded.arrays.items():
         if name in fields:
             params[name] = address(array)
-            params[f"{name}_strides"] = _padded(folded.strides[name])
+            params[f"{name}_strides"] = engine.padded(folded.strides[name])
             if f"{name}_step" in fields:
                 params[f"{name}_step"] = array.strides[-1] // array.itemsize
     params["rows"], params["classes"] = asked.rows, asked.classes
-    params["outer"] = _padded(folded.outer)
+    params["outer"] = engine.padded(folded.outer)
     params["ignore_index"] = asked.ignore_index or 0
     return params
-
-
-def _padded(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return sizes + (0,) * (MAX_AXES - len(sizes))
 
 
 def _launch_sums(planned: tuple[Plan, ...], params: np.ndarray[Any, Any]) -> None:

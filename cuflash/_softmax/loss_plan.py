@@ -106,7 +106,7 @@ def _sums(
     asked: Problem, constants: Constants, gpu: Gpu, copies: tuple[str, ...]
 ) -> tuple[Plan, ...]:
     if asked.rows <= ONE_BLOCK:
-        threads = min(ONE_BLOCK_THREADS, max(THREADS, plan._power_of_two(asked.rows)))
+        threads = min(ONE_BLOCK_THREADS, max(THREADS, plan.power_of_two(asked.rows)))
         whole = constants | {"kWhole": True}
         return (_loss(whole, asked.rows, 1, threads, "one block for all rows", copies),)
     blocks = min(-(-asked.rows // THREADS), 4 * gpu.multiprocessors)
@@ -166,20 +166,20 @@ def gradient(asked: Problem, layout: Layout, gpu: Gpu, copies: tuple[str, ...] =
     # In the row engine's terms the gradient is a map of rows to rows.
     rows = problem.Problem("softmax", asked.dtype, asked.result, (asked.rows, asked.classes), (1,))
     across, ragged = plan.lies_across(rows, layout), False
-    vector = plan._vector(
+    vector = plan.widest_vector(
         rows, layout, layout.outer[-1] if across else asked.classes, along_rows=not across
     )
     if across:
         vector = min(vector, MOST_BESIDE)
     elif asked.classes > plan.RAGGED:
-        whole = plan._ragged_vector(rows, layout)
+        whole = plan.ragged_vector(rows, layout)
         ragged, vector = whole > vector, max(vector, whole)
     span = asked.classes + (vector - 1 if ragged else 0)
     most = LOADS // plan.words(rows)
     loads = min(most, max(1, REGISTERS // (vector * plan.words(rows))))
     if across:
         loads = min(most, max(1, BYTES // (vector * layout.x.itemsize)))
-        lanes = min(WARP, plan._power_of_two(-(-asked.rows // vector)))
+        lanes = min(WARP, plan.power_of_two(-(-asked.rows // vector)))
         pitch, tile, needed = THREADS // lanes, lanes * vector, span
         loads = min(loads, -(-needed // pitch))
         why = f"{tile} rows side by side"
@@ -187,7 +187,7 @@ def gradient(asked: Problem, layout: Layout, gpu: Gpu, copies: tuple[str, ...] =
         needed = -(-span // vector)
         # Few threads a row have more loads in flight each, but should fill sectors together.
         least = min(needed, max(1, 2 * SECTOR // (vector * layout.x.itemsize)))
-        lanes = min(THREADS, plan._power_of_two(max(-(-needed // loads), least)))
+        lanes = min(THREADS, plan.power_of_two(max(-(-needed // loads), least)))
         loads = min(loads, -(-needed // lanes))
         pitch, tile = lanes * vector, THREADS // lanes
         why = f"{lanes} threads a row"

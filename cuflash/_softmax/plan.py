@@ -30,9 +30,7 @@ STREAM_THREADS, STREAM_BYTES, STREAM_LOADS = 256, 64, 8
 COLUMNS_REGISTERS, COLUMNS_LOADS, COLUMNS_STREAM = 32, 16, 16
 WARP_STREAMS = 1024  # threads a multiprocessor, from which a warp takes a row that is only read
 SECTOR = 32  # bytes: the least that device memory delivers
-NARROW = (
-    64  # bytes: the least that it delivers at full speed; 164 with it and 244 with less, as above
-)
+NARROW = 64  # bytes: the least that it delivers at full speed; 164 with it, 244 with 32, as above
 LINE = 128  # bytes: what a warp's loads are best at
 LONG = 1024  # columns: a row that is worth reading beside its neighbours, however few
 RAGGED = 1024  # columns: below, single elements are as fast as vectors with parts at both ends
@@ -122,8 +120,8 @@ def lies_across(problem: Problem, layout: Layout) -> bool:
 
 def _rows(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
     """A warp or less, a block, a cluster or several blocks for each row."""
-    vector = _vector(problem, layout, layout.reduced[-1], along_rows=True)
-    whole = _ragged_vector(problem, layout)
+    vector = widest_vector(problem, layout, layout.reduced[-1], along_rows=True)
+    whole = ragged_vector(problem, layout)
     if whole > vector and problem.reduces and problem.columns > RAGGED:
         sharing = _dense_rows(problem, layout, gpu, whole, whole - 1)
         return dataclasses.replace(sharing, ragged=True)
@@ -141,7 +139,7 @@ def _dense_rows(problem: Problem, layout: Layout, gpu: Gpu, vector: int, lead: i
     held = _most_threads(problem, vector) * _tile(problem, vector)
     if loads <= held and (parts == 1 or gpu.arch < 90):
         return _rows_of_a_block(problem, vector, loads)
-    cluster = _power_of_two(-(-loads // held))
+    cluster = power_of_two(-(-loads // held))
     if gpu.arch >= 90 and cluster <= MOST_CLUSTER:
         return _cluster_rows(problem, vector, loads, max(cluster, min(parts, MOST_CLUSTER)))
     if parts > 1:
@@ -153,7 +151,7 @@ def _dense_rows(problem: Problem, layout: Layout, gpu: Gpu, vector: int, lead: i
 
 def _rows_of_a_warp(problem: Problem, layout: Layout, gpu: Gpu, vector: int, loads: int) -> Sharing:
     most = _tile(problem, vector)
-    per_row = min(WARP, _power_of_two(loads))
+    per_row = min(WARP, power_of_two(loads))
     # Enough rows to fill the card: fewer threads a row have more loads in flight each.
     while (
         problem.rows * per_row > 1024 * gpu.multiprocessors
@@ -161,7 +159,7 @@ def _rows_of_a_warp(problem: Problem, layout: Layout, gpu: Gpu, vector: int, loa
         and per_row * vector * layout.x.itemsize > SECTOR
     ):
         per_row //= 2
-    vectors = _power_of_two(-(-loads // per_row))
+    vectors = power_of_two(-(-loads // per_row))
     why = f"{per_row} thread{'s' if per_row > 1 else ''} a row"
     units = -(-problem.rows // (LEAST_THREADS // per_row))
     beside = ("kThreadsPerRow", per_row)
@@ -172,7 +170,7 @@ def _rows_of_a_warp(problem: Problem, layout: Layout, gpu: Gpu, vector: int, loa
 def _rows_of_a_block(problem: Problem, vector: int, loads: int) -> Sharing:
     nbytes = vector * ITEMSIZE[problem.dtype] * (1 + problem.weighted)
     vectors = min(_tile(problem, vector), max(1, STREAM_BYTES // nbytes))
-    threads = max(LEAST_THREADS, _power_of_two(-(-loads // vectors)))
+    threads = max(LEAST_THREADS, power_of_two(-(-loads // vectors)))
     if threads > _most_threads(problem, vector):
         threads, vectors = _most_threads(problem, vector), _tile(problem, vector)
     beside = ("kThreadsPerRow", threads)
@@ -187,10 +185,10 @@ def _streamed_rows(problem: Problem, gpu: Gpu, vector: int, loads: int, parts: i
         units = -(-problem.rows // (LEAST_THREADS // WARP))
         beside = ("kThreadsPerRow", WARP)
         return Sharing("rows", units, LEAST_THREADS, beside, vector, vectors, "a warp for each row")
-    threads = min(STREAM_THREADS, max(LEAST_THREADS, _power_of_two(-(-loads // vectors))))
+    threads = min(STREAM_THREADS, max(LEAST_THREADS, power_of_two(-(-loads // vectors))))
     beside = ("kThreadsPerRow", threads)
     if gpu.arch >= 90 and parts > 1 and problem.columns <= CLUSTERED:
-        cluster = _power_of_two(min(parts, MOST_CLUSTER))
+        cluster = power_of_two(min(parts, MOST_CLUSTER))
         return Sharing(
             "cluster_rows",
             problem.rows,
@@ -214,10 +212,10 @@ def _split_rows(problem: Problem, vector: int, threads: int, parts: int) -> Shar
 
 def _cluster_rows(problem: Problem, vector: int, loads: int, cluster: int) -> Sharing:
     """Rows that a cluster of blocks can hold in registers."""
-    cluster, threads = _power_of_two(cluster), _most_threads(problem, vector)
+    cluster, threads = power_of_two(cluster), _most_threads(problem, vector)
     while threads > LEAST_THREADS and loads <= cluster * threads // 2:
         threads //= 2
-    vectors = _power_of_two(-(-loads // (cluster * threads)))
+    vectors = power_of_two(-(-loads // (cluster * threads)))
     return Sharing(
         "cluster_rows",
         problem.rows,
@@ -231,13 +229,13 @@ def _cluster_rows(problem: Problem, vector: int, loads: int, cluster: int) -> Sh
 
 
 def _columns(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
-    """A tile of rows for each block or cluster, several threads for each row."""
+    """A tile of rows for each block, several threads for each row."""
     width = layout.outer[-1]
-    vector = _vector(problem, layout, width, along_rows=False)
+    vector = widest_vector(problem, layout, width, along_rows=False)
     # Each load has an address of its own.
     registers = vector * words(problem) * (1 + problem.weighted)
     most = min(COLUMNS_LOADS, max(1, COLUMNS_REGISTERS // registers))
-    widest = min(WARP, _power_of_two(-(-width // vector)))
+    widest = min(WARP, power_of_two(-(-width // vector)))
     while widest * vector * _state_bytes(problem) * (MOST_THREADS // WARP + 1) > STATIC_SHARED:
         widest //= 2
     line = min(widest, max(1, LINE // (vector * layout.x.itemsize)))
@@ -248,7 +246,7 @@ def _columns(problem: Problem, layout: Layout, gpu: Gpu) -> Sharing:
         return runs * -(-width // (lanes * vector))
 
     def sharing(lanes: int, vectors: int, *, held: bool) -> Sharing:
-        slices = min(MOST_THREADS // lanes, _power_of_two(-(-problem.columns // vectors)))
+        slices = min(MOST_THREADS // lanes, power_of_two(-(-problem.columns // vectors)))
         slices = max(slices, LEAST_THREADS // lanes)
         why = f"{lanes * vector} rows side by side, {slices} threads each"
         beside, threads = ("kLanes", lanes), lanes * slices
@@ -399,7 +397,7 @@ def _walked(problem: Problem, layout: Layout) -> list[Placement]:
     return walked if problem.reduces else [*walked, layout.out]
 
 
-def _vector(problem: Problem, layout: Layout, run: int, *, along_rows: bool) -> int:
+def widest_vector(problem: Problem, layout: Layout, run: int, *, along_rows: bool) -> int:
     """The most elements of a run, up to 16 bytes, that every load and store can take at once."""
 
     def takes(placement: Placement, vector: int) -> bool:
@@ -421,7 +419,7 @@ def _vector(problem: Problem, layout: Layout, run: int, *, along_rows: bool) -> 
     return 1
 
 
-def _ragged_vector(problem: Problem, layout: Layout) -> int:
+def ragged_vector(problem: Problem, layout: Layout) -> int:
     """The elements of 16 bytes, if rows are dense and begin alike between them in all arrays."""
     walked = _walked(problem, layout)
     vector = 16 // max(placement.itemsize for placement in walked)
@@ -476,6 +474,6 @@ def _halves(most: int, least: int) -> list[int]:
     return [most >> i for i in range(most.bit_length()) if most >> i >= least]
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The least power of two that is not below n."""
     return 1 << max(0, n - 1).bit_length()

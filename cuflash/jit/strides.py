@@ -42,3 +42,8 @@ def address(array: Any) -> int:
     if isinstance(array, np.ndarray):
         return int(array.__array_interface__["data"][0])
     return int(array.data.ptr)
+
+
+def in_elements(array: Any) -> bool:
+    """Whether address and strides are whole numbers of elements; fields of records may not be."""
+    return all(distance % array.itemsize == 0 for distance in (address(array), *array.strides))

@@ -7,7 +7,7 @@ import functools
 from ...jit.gpu import Gpu
 from ...jit.launch import Plan
 from ...jit.source import Kernel
-from ..plan import ITEMSIZE
+from ..plan import ITEMSIZE, power_of_two
 
 WARP = 32
 LOAD = 16  # bytes
@@ -46,14 +46,14 @@ def choose(
     """
     vector, most = _vector(dtype), _vectors(dtype)
     loads = -(-(columns + (0 if aligned else vector - 1)) // vector)
-    lanes = min(WARP, _power_of_two(-(-loads // most)))
-    warps = _power_of_two(-(-loads // (lanes * most)))
+    lanes = min(WARP, power_of_two(-(-loads // most)))
+    warps = power_of_two(-(-loads // (lanes * most)))
     if warps > (HELD_WARPS_FILTERED if filtered else HELD_WARPS):
         return _long(dtype, rows, columns, loads, filtered, gpu, copies)
     threads = WARP * warps if warps > 1 else THREADS
     group = lanes * warps
     constants = {"kWarps": warps, "kThreads": threads}
-    vectors = most if warps > 1 else _power_of_two(-(-loads // lanes))
+    vectors = most if warps > 1 else power_of_two(-(-loads // lanes))
     sharing = f"{group} thread{'s' if group > 1 else ''} a row"
     return (
         _plan(
@@ -172,8 +172,3 @@ def _accumulator(dtype: str) -> int:
 def _vectors(dtype: str) -> int:
     """Loads that a thread holds."""
     return REGISTERS * 4 // (_vector(dtype) * _accumulator(dtype))
-
-
-def _power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << max(0, n - 1).bit_length()

@@ -231,7 +231,7 @@ def prepare(
 def complete(caller: arrays.Caller, problem: Problem, operands: Operands, axis: int) -> None:
     """Convert x, and make the outputs that the caller did not give, within ``with caller``."""
     if arrays.dtype_name(operands.x.dtype) != problem.dtype:
-        operands.x = operands.x.astype(np.dtype(problem.dtype))  # never bfloat16
+        operands.x = caller.keep(operands.x.astype(np.dtype(problem.dtype)))  # never bfloat16
     shape = (*problem.batch[:axis], problem.k, *problem.batch[axis:])
     if operands.values is None:
         same = problem.result == problem.dtype

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from ... import arrays
+from ...gpu_arrays import kept
 from ...jit import gpu, launch
 from ...jit.launch import Plan
-from ...jit.strides import address, fold
+from ...jit.strides import address, fold, in_elements
 from . import topk_plan
 from .topk_api import Operands, Problem
 from .topk_plan import Launches
@@ -81,9 +82,9 @@ def fit(operands: Operands) -> tuple[Operands, tuple[str, ...]]:
         return operands, copies
     x, values, indices = operands.x, operands.values, operands.indices
     if "x" in copies:
-        x = x.copy(order="C")
+        x = kept(x.copy(order="C"))
     if "out" in copies:
-        values, indices = values.copy(order="C"), indices.copy(order="C")
+        values, indices = kept(values.copy(order="C")), kept(indices.copy(order="C"))
     return Operands(x, values, indices), copies
 
 
@@ -143,12 +144,7 @@ def _folded(operands: Operands) -> tuple[tuple[int, ...], list[list[int]]]:
 def _copies(operands: Operands, sizes: tuple[int, ...]) -> tuple[str, ...]:
     """Which arguments cannot be used in place."""
     x = operands.x
-    if len(sizes) > MAX_AXES or not all(map(_in_elements, (operands.values, operands.indices))):
+    if len(sizes) > MAX_AXES or not all(map(in_elements, (operands.values, operands.indices))):
         return ("x", "out")
     dense = x.shape[-1] == 1 or x.strides[-1] == x.itemsize
-    return () if dense and _in_elements(x) else ("x",)
-
-
-def _in_elements(array: Any) -> bool:
-    """Whether the strides are whole numbers of elements; fields of records may not be."""
-    return all(distance % array.itemsize == 0 for distance in (address(array), *array.strides))
+    return () if dense and in_elements(x) else ("x",)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ...jit.gpu import Gpu
 from ...jit.launch import Plan
 from ...jit.source import Kernel
+from ..plan import power_of_two
 from .topk_api import Problem
 
 LOAD = 16  # bytes
@@ -131,7 +132,7 @@ def bucket(k: int) -> int:
 def _sharing(problem: Problem, per_row: int, threads: int, columns: int, gpu: Gpu) -> Sharing:
     vector = _vector(problem.dtype)
     loads = -(-(columns + vector - 1) // (per_row * vector))  # the row may begin inside a vector
-    vectors = min(_power_of_two(loads), _most_vectors(problem))
+    vectors = min(power_of_two(loads), _most_vectors(problem))
     items = vectors * vector
     maxima = 1
     while maxima < items and per_row * maxima < 2 * bucket(problem.k):
@@ -205,8 +206,3 @@ def _resident(problem: Problem, vectors: int, gpu: Gpu) -> int:
     if gpu.arch < 90 or problem.dtype == "float64" or problem.k > 256:
         return 512
     return 768 if vectors == _most_vectors(problem) else 1024
-
-
-def _power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << (n - 1).bit_length()

@@ -18,6 +18,7 @@ SECONDS = 120.0  # for the default sweep; least rounds and the start come on top
 CALLS = ("softmax_topk", "topk", "sample")
 KS, FEW_KS, ORDERED_KS = (1, 5, 10, 15, 30, 50, 256), (5, 50), (5, 50, 256)
 LARGE = 2 << 30  # bytes of a matrix from which on a few k will do
+ALL_KS = (10, 4000)  # rows where every k is tried: the batches of the paper
 MOST_BYTES = {"softmax_topk": 16 << 30, "topk": 16 << 30, "sample": 8 << 30}
 NEVER = 1e9  # the error of what is wrong in kind
 SEED = 1
@@ -94,7 +95,10 @@ def cases(options: Namespace) -> list[Case]:
 
 def _sweep(call: str, matrices: list[Matrix], ks: Sequence[int | None]) -> list[Case]:
     few = ks if call == "sample" else FEW_KS
-    found = [Case(call, m, k) for m in matrices for k in (few if m.bytes > LARGE else ks)]
+    found = []
+    for m in matrices:
+        every = m.rows in ALL_KS and m.bytes <= LARGE
+        found += [Case(call, m, k) for k in (ks if every else few)]
     found += [Case(call, m, k) for m in rows.samples() for k in few]
     if call == "sample":
         found += [Case(call, m, k=50) for m in rows.plain()]

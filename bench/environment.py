@@ -50,9 +50,11 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Return the checked-out commit; ``CUFLASH_COMMIT`` tells that of a copy without history."""
+    """Return the checked-out commit, unless ``CUFLASH_COMMIT`` tells what a copy was made of."""
+    if told := os.environ.get("CUFLASH_COMMIT"):
+        return told
     command = ["git", "-C", str(CHECKOUT), "rev-parse", "--verify", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("CUFLASH_COMMIT")
+        return None

@@ -96,12 +96,14 @@ def slug(name: str) -> str:
 
 
 def commit() -> str | None:
-    """The checked-out commit; a copy without its history is told by ``CUFLASH_COMMIT``."""
+    """The checked-out commit, unless ``CUFLASH_COMMIT`` tells what a copy was made of."""
+    if told := os.environ.get("CUFLASH_COMMIT"):
+        return told
     command = ["git", "-C", str(CHECKOUT), "rev-parse", "--verify", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("CUFLASH_COMMIT")
+        return None
 
 
 def driver() -> str:

@@ -1,5 +1,6 @@
 """One run's numbers as a plot."""
 
+import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -97,8 +98,13 @@ def _shares(run: dict) -> dict[str, dict[tuple[int, str], list[Point]]]:
             if rate:
                 points = lines.setdefault((labels["rows"], name), [])
                 points.append((labels[run["over"]], rate / case["ceiling"]))
-    full = {t: p for t, p in panels.items() if max(map(len, p.values()), default=0) > 2}
-    return full or panels
+    full = {t: p for t, p in panels.items() if max(map(len, p.values()), default=0) > 2} or panels
+    calls = list(dict.fromkeys(title.split()[0] for title in full))
+
+    def place(title: str) -> tuple[int, list[int]]:  # k=5 comes before k=10
+        return calls.index(title.split()[0]), [int(n) for n in re.findall(r"\d+", title)]
+
+    return {title: full[title] for title in sorted(full, key=place)}
 
 
 # The figures of the paper: what is the same in a figure's panels, what tells them apart, what they
@@ -112,6 +118,8 @@ PARTS = {
 
 def paper(run: dict, path: Path, *, part: str) -> None:
     """Draw the speed of each algorithm over that of safe softmax."""
+    from matplotlib import ticker
+
     panels = _relative(run, *PARTS[part])
     figure, axes = grid(len(panels), 2)
     for panel, (title, lines) in zip(axes, panels.items()):
@@ -120,8 +128,9 @@ def paper(run: dict, path: Path, *, part: str) -> None:
             panel.plot(*zip(*sorted(points)), label=name, **color)
         panel.axhline(1, color="gray", linewidth=0.5)
         panel.set(title=title, xscale="linear" if part == "k" else "log", yscale="log")
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.yaxis.set_minor_locator(ticker.NullLocator())
     finish(figure, axes, path, PARTS[part][2], f"times the speed of {PARTS[part][3]}")
 
 

@@ -265,3 +265,12 @@ def test_more_axes_than_strides_are_copied_and_said(cp):
     out, _ = place(np.zeros(shape), "steps", cp)
     cuflash.softmax(x, axis=axes, out=out)
     np.testing.assert_allclose(out.get(), scipy.special.softmax(x.get(), axis=axes), rtol=1e-13)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_numpy_adds_alike_along_any_axis(function):
+    """Pairwise also where the axis is not dense: one by one, equal terms err to one side."""
+    x = np.random.default_rng(0).choice(np.float32([-0.3, 0.7]), (5000, 3))
+    across = getattr(cuflash, function)(x, axis=0)
+    along = getattr(cuflash, function)(np.ascontiguousarray(x.T), axis=1)
+    np.testing.assert_array_equal(across, along.T)

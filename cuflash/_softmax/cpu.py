@@ -46,11 +46,20 @@ def _normalize(problem: Problem, operands: Operands) -> None:
     out[...] = y.reshape(out.shape)  # in one go, because out may be x
 
 
+def add_up(terms: Array) -> Array:
+    """The sum over the last axis, pairwise.
+
+    Along an axis that is not dense in memory NumPy adds one by one, and a thousand roundings of
+    equal terms are all to one side.
+    """
+    return np.ascontiguousarray(terms).sum(axis=-1, keepdims=True)
+
+
 def update(m: Array, d: Array, tile: Array) -> tuple[Array, Array]:
     """Lines 4 and 5 of Algorithm 3, for a tile of columns at a time."""
     raised = np.maximum(m, tile.max(axis=-1, keepdims=True))
     shift = reference(raised)
-    return raised, d * np.exp(m - shift) + np.exp(tile - shift).sum(axis=-1, keepdims=True)
+    return raised, d * np.exp(m - shift) + add_up(np.exp(tile - shift))
 
 
 def reference(m: Array) -> Array:
@@ -97,8 +106,8 @@ def update_log(
     # The exponential of the maximum itself: 1, but inf for inf and 0 for -inf.
     unit = np.exp(raised - reference(raised))
     terms = weights * np.where(at_top, unit, np.exp(scores - raised))
-    top = top + np.where(at_top, terms, 0).sum(axis=-1, keepdims=True)
-    rest = rest + np.where(at_top, 0, terms).sum(axis=-1, keepdims=True)
+    top = top + add_up(np.where(at_top, terms, 0))
+    rest = rest + add_up(np.where(at_top, 0, terms))
     return raised, top, rest
 
 
@@ -118,7 +127,7 @@ def _backward(problem: Problem, operands: Operands) -> None:
     total = zero(dy)
     for tile in tiles(dy):
         terms = wide(dy[..., tile]) if of_log else wide(dy[..., tile]) * wide(y[..., tile])
-        total = total + terms.sum(axis=-1, keepdims=True)
+        total = total + add_up(terms)
     dx = np.empty(dy.shape, operands.out.dtype)
     for tile in tiles(dy):
         from_above, answers = wide(dy[..., tile]), wide(y[..., tile])

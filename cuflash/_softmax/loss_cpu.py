@@ -22,7 +22,7 @@ def forward(problem: Problem, operands: Operands) -> None:
             scores = cpu.wide(x[..., tile])
             m, top, rest = cpu.update_log(m, top, rest, scores, scores.dtype.type(1))
             if problem.label_smoothing:
-                total = total + scores.sum(axis=-1, keepdims=True)
+                total = total + cpu.add_up(scores)
         lse = cpu.finish_log(m, top, rest)[0][..., 0]
         if operands.lse is not None:
             operands.lse[...] = lse

@@ -17,6 +17,7 @@ imported, with the first array on a GPU.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -117,6 +118,14 @@ def _byte_range(a: NativeArray) -> tuple[int, int]:
     return first, end
 
 
+def checks_on_gpu() -> bool:
+    """Whether ``CUFLASH_CHECK=1`` asks for values in GPU arrays to be checked, which waits.
+
+    Without it they are never trusted, but not looked at either. NumPy arrays are always checked.
+    """
+    return os.environ.get("CUFLASH_CHECK") == "1"
+
+
 class Caller:
     """The kind of array that came in, and the way back to it.
 
@@ -149,6 +158,12 @@ class Caller:
     def keep(self, native: NativeArray) -> NativeArray:
         """Return an intermediate array; on a GPU it outlives the call if a graph is captured."""
         return native
+
+    def converted(self, native: NativeArray, dtype: str) -> NativeArray:
+        """The array in the dtype of this name: itself, or an intermediate array."""
+        if dtype_name(native.dtype) == dtype:
+            return native
+        return self.keep(native.astype(np.dtype(dtype)))
 
     def give(self, native: NativeArray) -> Any:
         """Hand a native array back as the caller's kind, without a copy.

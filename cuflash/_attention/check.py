@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -209,7 +208,7 @@ def integers(
         in_range("q_start", start, *starts)
     if length is not None:
         in_range("kv_lengths", length, *lengths)
-    if caller.on_gpu and os.environ.get("CUFLASH_CHECK") != "1":
+    if caller.on_gpu and not arrays.checks_on_gpu():
         return
     for name, values, allowed in (
         ("q_start", operands.q_start, starts),

@@ -79,7 +79,7 @@ def softmax(x: Any, axis: int | tuple[int, ...] | None = None, *, out: Any = Non
     key, again = repeat.find("softmax", (x,), (axis,)) if out is None else (None, None)
     if again is not None:
         return again(x)[0]
-    return _call(*prepare("softmax", x, axis, out), given=(out,), key=key)
+    return call(*prepare("softmax", x, axis, out), given=(out,), key=key)
 
 
 def log_softmax(x: Any, axis: int | tuple[int, ...] | None = None, *, out: Any = None) -> Any:
@@ -126,7 +126,7 @@ def log_softmax(x: Any, axis: int | tuple[int, ...] | None = None, *, out: Any =
     key, again = repeat.find("log_softmax", (x,), (axis,)) if out is None else (None, None)
     if again is not None:
         return again(x)[0]
-    return _call(*prepare("log_softmax", x, axis, out), given=(out,), key=key)
+    return call(*prepare("log_softmax", x, axis, out), given=(out,), key=key)
 
 
 def logsumexp(
@@ -207,15 +207,15 @@ def logsumexp(
         return tuple(answer) if return_sign else answer[0]
     prepared = prepare_log(a, axis, b, keepdims, return_sign, out)
     given = out if isinstance(out, tuple) else (out, None)
-    return _call(*prepared, given=given, key=key)
+    return call(*prepared, given=given, key=key)
 
 
 def _softmax_plans(x: Any, axis: Any = None, *, out: Any = None) -> tuple[int, list[Plan]]:
-    return _plans(*prepare("softmax", x, axis, out))
+    return plans(*prepare("softmax", x, axis, out))
 
 
 def _log_softmax_plans(x: Any, axis: Any = None, *, out: Any = None) -> tuple[int, list[Plan]]:
-    return _plans(*prepare("log_softmax", x, axis, out))
+    return plans(*prepare("log_softmax", x, axis, out))
 
 
 def _logsumexp_plans(
@@ -227,7 +227,7 @@ def _logsumexp_plans(
     *,
     out: Any = None,
 ) -> tuple[int, list[Plan]]:
-    return _plans(*prepare_log(a, axis, b, keepdims, return_sign, out))
+    return plans(*prepare_log(a, axis, b, keepdims, return_sign, out))
 
 
 tools.register(softmax, _softmax_plans)
@@ -251,7 +251,7 @@ def prepare(
     axes = check.axes("`x`", axis, len(shape))
     result = check.outputs(("out",), native, shape, dtype, may_be=("x",))
     problem = Problem(function, dtype, result, shape or (1,), axes)
-    return caller, problem, Operands(x=native["x"], out=_with_axes(native["out"], ())), shape
+    return caller, problem, Operands(x=native["x"], out=with_axes(native["out"], ())), shape
 
 
 def prepare_log(
@@ -282,7 +282,7 @@ def prepare_log(
         "logsumexp", dtype, result, problem_shape, axes, weights is not None, bool(return_sign)
     )
     missing = () if keepdims else axes
-    into = [_with_axes(native[name], missing) for name in names] + [None]
+    into = [with_axes(native[name], missing) for name in names] + [None]
     return caller, problem, Operands(native["a"], into[0], weights, into[1]), shape
 
 
@@ -296,13 +296,13 @@ def complete(caller: arrays.Caller, problem: Problem, operands: Operands) -> tup
     converted = [
         name for name, array in arriving.items() if getattr(array, "dtype", dtype) != dtype
     ]
-    operands.x = _as(caller, operands.x, dtype, problem.shape)
+    operands.x = _as(caller, operands.x, problem.dtype, problem.shape)
     if isinstance(operands.weights, (bool, int, float)):
         number, operands.weights = operands.weights, caller.keep(caller.empty((), dtype))
         with np.errstate(over="ignore"):  # 1e5 is inf in float16
             operands.weights.fill(float(number))
     if operands.weights is not None:
-        operands.weights = _as(caller, operands.weights, dtype, problem.shape)
+        operands.weights = _as(caller, operands.weights, problem.dtype, problem.shape)
     if problem.reduces:
         reduced = tuple(1 if axis in problem.axes else n for axis, n in enumerate(problem.shape))
         if operands.out is None:
@@ -310,11 +310,11 @@ def complete(caller: arrays.Caller, problem: Problem, operands: Operands) -> tup
         if operands.sign is None and problem.signed:
             operands.sign = caller.empty(reduced, result)
     elif operands.out is None:
-        operands.out = _empty_like(caller, operands.x, result)
+        operands.out = empty_like(caller, operands.x, result)
     return tuple(converted)
 
 
-def _call(
+def call(
     caller: arrays.Caller,
     problem: Problem,
     operands: Operands,
@@ -333,7 +333,7 @@ def _call(
             if operands.sign is not None:
                 operands.sign.fill(0)
     results = (operands.out, operands.sign) if problem.signed else (operands.out,)
-    answers = tuple(_give(caller, *each, shape) for each in zip(given, results))
+    answers = tuple(give(caller, *each, shape) for each in zip(given, results))
     repeat.remember(key, made, inputs, answers)
     return answers if problem.signed else answers[0]
 
@@ -346,7 +346,7 @@ _CALLED = {
 }
 
 
-def _plans(
+def plans(
     caller: arrays.Caller, problem: Problem, operands: Operands, shape: tuple[int, ...]
 ) -> tuple[int, list[Plan]]:
     """Where a call would run and what it would launch: nothing where there is nothing to do."""
@@ -376,7 +376,7 @@ def _backend(caller: arrays.Caller) -> ModuleType:
     return cpu
 
 
-def _give(caller: arrays.Caller, given: Any, native: Any, shape: tuple[int, ...]) -> Any:
+def give(caller: arrays.Caller, given: Any, native: Any, shape: tuple[int, ...]) -> Any:
     if given is not None:
         return given
     answer = caller.give(native.reshape(shape))
@@ -386,7 +386,7 @@ def _give(caller: arrays.Caller, given: Any, native: Any, shape: tuple[int, ...]
 # Views and conversions; NumPy's broadcast_to hands a GPU array to its own library.
 
 
-def _with_axes(array: Any, axes: tuple[int, ...]) -> Any:
+def with_axes(array: Any, axes: tuple[int, ...]) -> Any:
     """A view with axes of length 1 inserted at `axes`, and at least one axis."""
     if array is None or (array.ndim and not axes):
         return array
@@ -395,13 +395,12 @@ def _with_axes(array: Any, axes: tuple[int, ...]) -> Any:
     return array[tuple(None if axis in inserted else slice(None) for axis in range(ndim))]
 
 
-def _as(caller: arrays.Caller, array: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
-    if array.dtype != dtype:
-        array = caller.keep(array.astype(dtype))
+def _as(caller: arrays.Caller, array: Any, dtype: str, shape: tuple[int, ...]) -> Any:
+    array = caller.converted(array, dtype)
     return array if array.shape == shape else np.broadcast_to(array, shape)
 
 
-def _empty_like(caller: arrays.Caller, x: Any, dtype: np.dtype[Any]) -> Any:
+def empty_like(caller: arrays.Caller, x: Any, dtype: np.dtype[Any]) -> Any:
     """An array with x's shape and order of axes in memory, so that both are walked alike."""
     order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
     if order == list(range(x.ndim)):

@@ -25,7 +25,7 @@ template <typename Operation> __device__ __forceinline__ void map(const Params& 
   held.answer(params, share, exchange.merge(own));
 }
 
-extern "C" __global__ void CLUSTER_OF(kCluster) __launch_bounds__(kThreads, kBlocks)
+extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, kBlocks)
     softmax_cluster_rows(const __grid_constant__ Params params) {
   __shared__ Exchange exchange_smem;
   exchange_smem.open();

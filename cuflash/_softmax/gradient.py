@@ -112,17 +112,17 @@ def _backward(function: str, dy: Any, y: Any, axis: Any, out: Any) -> Any:
     key, again = repeat.find(function, (dy, y), (axis,)) if out is None else (None, None)
     if again is not None:
         return again(dy, y)[0]
-    return api._call(*prepare(function, dy, y, axis, out), given=(out,), key=key)
+    return api.call(*prepare(function, dy, y, axis, out), given=(out,), key=key)
 
 
 def _softmax_plans(dy: Any, y: Any, axis: Any = None, *, out: Any = None) -> tuple[int, list[Plan]]:
-    return api._plans(*prepare("softmax_backward", dy, y, axis, out))
+    return api.plans(*prepare("softmax_backward", dy, y, axis, out))
 
 
 def _log_softmax_plans(
     dy: Any, y: Any, axis: Any = None, *, out: Any = None
 ) -> tuple[int, list[Plan]]:
-    return api._plans(*prepare("log_softmax_backward", dy, y, axis, out))
+    return api.plans(*prepare("log_softmax_backward", dy, y, axis, out))
 
 
 tools.register(softmax_backward, _softmax_plans)
@@ -149,5 +149,5 @@ def prepare(
     axes = check.axes("`y`", axis, len(shape))
     result = check.outputs(("out",), native, shape, dtype, may_be=("dy", "y"))
     problem = Problem(function, dtype, result, shape or (1,), axes, weighted=True)
-    operands = Operands(x=native["dy"], weights=native["y"], out=api._with_axes(native["out"], ()))
+    operands = Operands(x=native["dy"], weights=native["y"], out=api.with_axes(native["out"], ()))
     return caller, problem, operands, shape

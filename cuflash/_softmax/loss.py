@@ -10,7 +10,7 @@ import numpy as np
 from .. import arrays, tools
 from ..jit import repeat
 from ..jit.launch import Plan, Recording
-from . import api, check, checked, loss_check
+from . import api, check, loss_check
 from .loss_problem import BackwardOperands, Operands, Problem
 
 
@@ -95,7 +95,7 @@ def cross_entropy(
     inputs = logits, targets
     options = (axis, ignore_index, label_smoothing, reduction, return_lse)
     key, again = (
-        (None, None) if checked.on_device() else repeat.find("cross_entropy", inputs, options)
+        (None, None) if arrays.checks_on_gpu() else repeat.find("cross_entropy", inputs, options)
     )
     if again is not None:
         answer = again(*inputs)
@@ -110,11 +110,11 @@ def cross_entropy(
             _backend(caller).forward(problem, operands)
         elif problem.reduction != "none":
             operands.loss.fill(np.nan if problem.reduction == "mean" else 0)
-    loss = api._give(caller, None, operands.loss, problem.loss_shape)
+    loss = api.give(caller, None, operands.loss, problem.loss_shape)
     if not return_lse:
         repeat.remember(key, made, inputs, (loss,))
         return loss
-    both = CrossEntropy(loss, api._give(caller, None, operands.lse, problem.shape))
+    both = CrossEntropy(loss, api.give(caller, None, operands.lse, problem.shape))
     repeat.remember(key, made, inputs, both)
     return both
 
@@ -187,7 +187,7 @@ def cross_entropy_backward(
     number = check.is_number(dloss)
     inputs = (logits, targets, lse) if number else (logits, targets, lse, dloss)
     options = (dloss if number else None, axis, ignore_index, label_smoothing, reduction)
-    long = out is not None or checked.on_device()
+    long = out is not None or arrays.checks_on_gpu()
     key, again = (None, None) if long else repeat.find("cross_entropy_backward", inputs, options)
     if again is not None:
         return again(*inputs)[0]
@@ -337,7 +337,7 @@ def _problem(
 
 
 def _check_values(caller: arrays.Caller, problem: Problem, targets: Any) -> None:
-    if checked.on_device() or not caller.on_gpu:
+    if arrays.checks_on_gpu() or not caller.on_gpu:
         loss_check.values(targets, problem.classes, problem.ignore_index)
 
 
@@ -376,16 +376,15 @@ def _complete_backward(
     if native["out"] is not None:
         out = native["out"].transpose(last)
     else:
-        out = api._empty_like(caller, logits, np.dtype(problem.result))
+        out = api.empty_like(caller, logits, np.dtype(problem.result))
     operands = BackwardOperands(dloss, logits, native["targets"], native["lse"], out)
     return operands, converted
 
 
 def _as(caller: arrays.Caller, name: str, array: Any, dtype: str) -> tuple[Any, tuple[str, ...]]:
     """The array in a dtype, and its name if that took a conversion."""
-    if arrays.dtype_name(array.dtype) == dtype:
-        return array, ()
-    return caller.keep(array.astype(dtype)), (name,)
+    converted = caller.converted(array, dtype)
+    return converted, () if converted is array else (name,)
 
 
 def _backend(caller: arrays.Caller) -> ModuleType:

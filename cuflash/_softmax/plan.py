@@ -18,27 +18,30 @@ LEAST_THREADS = 128  # a block
 # A block that holds a row in registers, and the 32-bit registers of it that a thread holds. Softmax
 # of 4000 x 32000: 253 with these, 264 with 256 threads, 329 with 16 registers. float64 wants more
 # registers besides; bfloat16, two to a register, 526 with 256 threads and 555 with 512 (4000 x
-# 128000).
+# 128000; 574 with 256 in another run).
 MOST_THREADS, WIDE_THREADS = 512, 256
 TILE_REGISTERS = 32
 # Rows that are not held: threads of a block at most, bytes that a thread has under way, and single
-# elements, each of which has an address. logsumexp of 4000 x 32000: 120; 147 with 512 threads, 124
-# with 32 bytes.
+# elements, each of which has an address. logsumexp of 4000 x 32000: 121; 124 with 32 bytes, 130
+# with 512 threads besides.
 STREAM_THREADS, STREAM_BYTES, STREAM_LOADS = 256, 64, 8
 # The same across rows, where every load has an address. Softmax of 1000 x 65536 along axis 0: 162
-# held, 244 read twice.
+# held in 32 registers; read twice, since 24 are too few, 199.
 COLUMNS_REGISTERS, COLUMNS_LOADS, COLUMNS_STREAM = 32, 16, 16
-WARP_STREAMS = 1024  # threads a multiprocessor, from which a warp takes a row that is only read
+# Threads a multiprocessor, from which a warp takes a row that is only read. 512 did as well.
+WARP_STREAMS = 1024
 SECTOR = 32  # bytes: the least that device memory delivers
-NARROW = 64  # bytes: the least that it delivers at full speed; 164 with it, 244 with 32, as above
+NARROW = 64  # bytes: the least that it delivers at full speed; held 32 bytes wide, as above: 244
 LINE = 128  # bytes: what a warp's loads are best at
 LONG = 1024  # columns: a row that is worth reading beside its neighbours, however few
-RAGGED = 1024  # columns: below, single elements are as fast as vectors with parts at both ends
+RAGGED = 1024  # columns: shorter rows are read by single elements; measured for writing calls alone
 # Few rows: bytes that are worth a block of their own. Softmax of 10 x 32000: 6.0; 10.2 in two
 # launches of as many small parts as there is room for.
 LEAST_PART = 16384
 MOST_CLUSTER = 8  # blocks, on every GPU that has clusters
-CLUSTERED = 200_000  # columns: of longer rows, a sum is faster in two launches of all blocks
+# Columns: longer rows are summed in two launches of all blocks, shorter ones in clusters. logsumexp
+# of 10 x 128000: 7.7 in clusters, 10.1 in two launches; where the two cross was not measured.
+CLUSTERED = 200_000
 MOST_SPLITS = 512  # parts of a row, whose states every warp of the second launch reads
 
 STATIC_SHARED = 48 * 1024  # bytes of a block, in which its warps leave their states

@@ -2,26 +2,15 @@
 // PTX ISA, "Parallel Synchronization and Communication Instructions": barrier.cluster and mbarrier; "Data Movement": mapa, st.async.
 #include "device/types.cuh"
 
-// Kernels that may run as clusters say CLUSTER_OF(kCluster) between `void` and their name.
-#if __CUDA_ARCH__ >= 900
-#define CLUSTER_OF(blocks) __cluster_dims__(blocks, 1, 1)
-#else
-#define CLUSTER_OF(blocks)
-#endif
-
 __device__ __forceinline__ uint32 shared_address(const void* smem) { return uint32(__cvta_generic_to_shared(smem)); }
 
 // Of all threads of a cluster. An arrival waits for every store that the thread has made, to global memory too: for the
 // beginning of a kernel only.
 __device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;\n\tbarrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
 }
 __device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
 }
 
 // In shared memory: tells the threads of a block that what other blocks send has come.
@@ -34,26 +23,21 @@ struct Mailbox {
 
   // Said by one thread, before or after the first bytes have come.
   __device__ __forceinline__ void expect(int bytes) {
-#if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes) : "memory");
-#endif
   }
 
   // Waits until all that was expected has come.
   __device__ __forceinline__ void wait() {
-#if __CUDA_ARCH__ >= 900
     asm volatile(
         "{\n\t.reg .pred done;\n"
         "again:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n\t"
         "@!done bra again;\n\t}" ::"r"(shared_address(&barrier))
         : "memory");
-#endif
   }
 };
 
 // Writes a value to the place in another block's shared memory where `mine` is in this block's, and tells its mailbox.
 template <typename T> __device__ __forceinline__ void send(const T& value, T* mine, Mailbox* mailbox, int block) {
-#if __CUDA_ARCH__ >= 900
   static_assert(sizeof(T) % 4 == 0, "sent word by word");
   uint32 to, told;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(mine)), "r"(block));
@@ -65,5 +49,4 @@ template <typename T> __device__ __forceinline__ void send(const T& value, T* mi
                  "r"(told)
                  : "memory");
   }
-#endif
 }

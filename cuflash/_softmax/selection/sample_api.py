@@ -11,7 +11,7 @@ import numpy as np
 from ... import arrays, tools
 from ...jit import repeat
 from ...jit.launch import Plan, Recording
-from .. import check, checked
+from .. import check
 from .sample_problem import Problem
 from .topk_api import MOST_ON_GPU
 
@@ -119,7 +119,7 @@ def sample(
     array([1, 2])
     """
     options = (axis, temperature, top_k, top_p, min_p)
-    known = _is_word(seed) and _is_word(offset) and not checked.on_device()
+    known = _is_word(seed) and _is_word(offset) and not arrays.checks_on_gpu()
     key, again = repeat.find("sample", (logits,), options) if known else (None, None)
     if again is not None:
         return again(logits, numbers=(seed, offset))[0]
@@ -127,8 +127,8 @@ def sample(
     with caller, Recording() as made:
         out = caller.empty((problem.rows,), np.dtype(np.int64))
         if problem.rows:
-            _backend(caller).sample(problem, _as(caller, native, problem), out)
-            if not caller.on_gpu or checked.on_device():
+            _backend(caller).sample(problem, caller.converted(native, problem.dtype), out)
+            if not caller.on_gpu or arrays.checks_on_gpu():
                 _all_drawn(problem, out)
     answer = caller.give(out.reshape(problem.answer))
     repeat.remember(key, made, (logits,), (answer,), {"seed": seed, "offset": offset})
@@ -242,11 +242,6 @@ def _all_drawn(problem: Problem, out: Any) -> None:
             "`logits` must have a finite number, and neither NaN nor +inf, in each row, but not so "
             f"row {where}"
         )
-
-
-def _as(caller: arrays.Caller, native: Any, problem: Problem) -> Any:
-    dtype = np.dtype(native.dtype) if problem.dtype == "bfloat16" else np.dtype(problem.dtype)
-    return native if native.dtype == dtype else caller.keep(native.astype(dtype))
 
 
 def _backend(caller: arrays.Caller) -> ModuleType:

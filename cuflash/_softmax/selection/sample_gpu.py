@@ -57,7 +57,7 @@ def sample(problem: Problem, logits: Any, out: Any) -> None:
 
 def plans(problem: Problem, logits: Any) -> list[launch.Plan]:
     """The launches of `sample`, without launching; `logits` are as they came."""
-    dtype = _dtype(problem)
+    dtype = np.dtype(problem.dtype)
     if logits.dtype == dtype and in_place(problem, logits):
         x = matrix(problem, logits)
         copies: tuple[str, ...] = ()
@@ -139,11 +139,3 @@ def _temporary(shape: tuple[int, ...], dtype: Any) -> Any:
     """Memory of this call, or of the graph that captures it."""
     memory = launch.workspace(math.prod(shape) * np.dtype(dtype).itemsize)
     return cp.ndarray(shape, dtype, None if memory is None else memory.data)
-
-
-def _dtype(problem: Problem) -> Any:
-    if problem.dtype == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(problem.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -210,7 +209,7 @@ def prepare(
     if not native["x"].ndim:
         native["x"] = native["x"].reshape(1)
     shape = native["x"].shape
-    along = _axis(axis, len(shape))
+    along = check.one_axis("`x`", axis, len(shape))
     k = _count(k, shape[along], axis, caller.on_gpu)
     if shape[along] > MOST_COLUMNS:
         raise ValueError(
@@ -230,13 +229,10 @@ def prepare(
 
 def complete(caller: arrays.Caller, problem: Problem, operands: Operands, axis: int) -> None:
     """Convert x, and make the outputs that the caller did not give, within ``with caller``."""
-    if arrays.dtype_name(operands.x.dtype) != problem.dtype:
-        operands.x = caller.keep(operands.x.astype(np.dtype(problem.dtype)))  # never bfloat16
+    operands.x = caller.converted(operands.x, problem.dtype)
     shape = (*problem.batch[:axis], problem.k, *problem.batch[axis:])
     if operands.values is None:
-        same = problem.result == problem.dtype
-        dtype = operands.x.dtype if same else np.dtype(problem.result)
-        operands.values = _last(caller.empty(shape, dtype), axis)
+        operands.values = _last(caller.empty(shape, np.dtype(problem.result)), axis)
     if operands.indices is None:
         operands.indices = _last(caller.empty(shape, np.dtype(np.int64)), axis)
 
@@ -299,18 +295,9 @@ def _named_outputs(out: Any) -> dict[str, Any]:
     return {"out[0]": out[0], "out[1]": out[1]}
 
 
-def _axis(axis: Any, ndim: int) -> int:
-    if axis is None or isinstance(axis, tuple):
-        raise TypeError(f"`axis` must be an int, not {axis!r}")
-    return check.axes("`x`", axis, ndim)[0]
-
-
 def _count(k: Any, length: int, axis: Any, on_gpu: bool) -> int:
-    try:
-        count = operator.index(k)
-    except TypeError:
-        count = None
-    if count is None or isinstance(k, (bool, np.bool)):
+    count = check.integer(k)
+    if count is None:
         raise TypeError(f"`k` must be an int, not {k!r}")
     if not 1 <= count <= length:
         raise ValueError(

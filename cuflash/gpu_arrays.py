@@ -208,15 +208,15 @@ def capturing() -> bool:
     return stream.ptr not in (0, cp.cuda.runtime.streamLegacy) and stream.is_capturing()
 
 
-_captured: list[NativeArray] = []
+_captured: list[Any] = []
 
 
-def kept(intermediate: NativeArray) -> NativeArray:
-    """Return an array that only cuflash knows, after noting it for good if a graph is captured.
+def kept(intermediate: Any) -> Any:
+    """Return memory that only cuflash knows, after noting it for good if a graph is captured.
 
     The graph may be launched at any time, and its memory must not be another's by then.
     """
-    if isinstance(intermediate, cp.ndarray) and capturing():
+    if isinstance(intermediate, (cp.ndarray, cp.cuda.MemoryPointer)) and capturing():
         _captured.append(intermediate)
     return intermediate
 

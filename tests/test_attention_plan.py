@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_compile import problem
 
-from cuflash._attention import plan, shortcut
+from cuflash._attention import plan
 from cuflash._attention.problem import Operands
-from cuflash.jit import gpu
+from cuflash.jit import gpu, repeat
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_known_calls_differ_in_pointers_alone(monkeypatch) -> None:
         memory = cupy.cuda.UnownedMemory(x["at"], 4096, None, x["device"])
         pointer = cupy.cuda.MemoryPointer(memory, 0)
         array = cupy.ndarray(x["shape"], x["dtype"], pointer, x["strides"])
-        return shortcut.find(array, array, array, options)[0]
+        return repeat.again("attention", (array, array, array), options)[0]
 
     assert key() == key(at=8192)
     assert key() == key(at=4096 + 16)
@@ -178,10 +178,10 @@ def test_arrays_among_the_options_take_the_long_way(monkeypatch) -> None:
     x = cupy.ndarray((4, 8), "f2", cupy.cuda.MemoryPointer(memory, 0))
     lengths = cupy.ndarray((2,), "i4", cupy.cuda.MemoryPointer(memory, 0))
     options = (*NO_OPTIONS[:4], lengths, *NO_OPTIONS[5:])
-    assert shortcut.find(x, x, x, options) == (None, None)
+    assert repeat.again("attention", (x, x, x), options) == (None, None)
     host_array = np.zeros((4, 8))
-    assert shortcut.find(host_array, host_array, host_array, NO_OPTIONS) == (None, None)
-    assert shortcut.find(x, x, host_array, NO_OPTIONS) == (None, None)
+    assert repeat.again("attention", (host_array,) * 3, NO_OPTIONS) == (None, None)
+    assert repeat.again("attention", (x, x, host_array), NO_OPTIONS) == (None, None)
 
 
 @pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120])

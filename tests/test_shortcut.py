@@ -178,7 +178,7 @@ def test_seeds_and_offsets_come_anew(machine: Machine) -> None:
 def test_what_decides_about_a_call_is_in_its_key(machine: Machine, monkeypatch: Any) -> None:
     def key(options: tuple[Any, ...] = (1,), name: str = "softmax", **changes: Any) -> Any:
         given = {"shape": (4, 8), "dtype": "f4"} | changes
-        return repeat.find(name, (machine.array(**given),), options)[0]
+        return repeat.again(name, (machine.array(**given),), options)[0]
 
     assert key() == key(at=1 << 31) == key(at=(1 << 30) + 16)
     keys = [
@@ -194,13 +194,13 @@ def test_what_decides_about_a_call_is_in_its_key(machine: Machine, monkeypatch: 
     keys.append(key())
     elsewhere = machine.array((4, 8))
     machine.device = 0
-    assert repeat.find("softmax", (elsewhere,), (1,)) == (None, None)
+    assert repeat.again("softmax", (elsewhere,), (1,)) == (None, None)
     monkeypatch.setenv("CUFLASH_ARCH", "80")
     keys.append(key())
     assert len(set(keys)) == len(keys)
     for other in ([1.0], np.zeros(3), machine.array((3,))):
-        assert repeat.find("softmax", (other,), ([1],)) == (None, None)
-    assert repeat.find("softmax", (machine.array((3,)),), ([1],)) == (None, None)
+        assert repeat.again("softmax", (other,), ([1],)) == (None, None)
+    assert repeat.again("softmax", (machine.array((3,)),), ([1],)) == (None, None)
 
 
 def test_what_must_go_the_long_way_is_not_remembered(machine: Machine, monkeypatch: Any) -> None:

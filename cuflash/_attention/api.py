@@ -11,7 +11,7 @@ import numpy as np
 from .. import arrays, tools
 from ..jit import repeat
 from ..jit.launch import Plan, Recording
-from . import check, shortcut
+from . import check
 from .problem import Operands, Problem, sum_dtype
 
 
@@ -146,10 +146,9 @@ def attention(
     (2, 4, 5, 16)
     """
     options = (scale, causal, window, q_start, kv_lengths, precision, return_lse)
-    key, again = shortcut.find(q, k, v, options) if out is None else (None, None)
-    if again is not None:
-        answer = again(q, k, v)
-        return AttentionResult(*answer) if return_lse else answer[0]
+    key, answers = repeat.again("attention", (q, k, v), options) if out is None else (None, None)
+    if answers is not None:
+        return AttentionResult(*answers) if return_lse else answers[0]
     caller, problem, operands = prepare(
         q,
         k,

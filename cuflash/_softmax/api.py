@@ -76,9 +76,9 @@ def softmax(x: Any, axis: int | tuple[int, ...] | None = None, *, out: Any = Non
     >>> cuflash.softmax([1000, 0])
     array([1., 0.])
     """
-    key, again = repeat.find("softmax", (x,), (axis,)) if out is None else (None, None)
-    if again is not None:
-        return again(x)[0]
+    key, answers = repeat.again("softmax", (x,), (axis,)) if out is None else (None, None)
+    if answers is not None:
+        return answers[0]
     return call(*prepare("softmax", x, axis, out), given=(out,), key=key)
 
 
@@ -123,9 +123,9 @@ def log_softmax(x: Any, axis: int | tuple[int, ...] | None = None, *, out: Any =
     >>> cuflash.log_softmax(np.zeros((2, 4)), axis=(0, 1))[0, 0] == -np.log(8)
     np.True_
     """
-    key, again = repeat.find("log_softmax", (x,), (axis,)) if out is None else (None, None)
-    if again is not None:
-        return again(x)[0]
+    key, answers = repeat.again("log_softmax", (x,), (axis,)) if out is None else (None, None)
+    if answers is not None:
+        return answers[0]
     return call(*prepare("log_softmax", x, axis, out), given=(out,), key=key)
 
 
@@ -201,10 +201,9 @@ def logsumexp(
     """
     inputs = (a,) if b is None else (a, b)
     options = (axis, keepdims, return_sign)
-    key, again = repeat.find("logsumexp", inputs, options) if out is None else (None, None)
-    if again is not None:
-        answer = again(*inputs)
-        return tuple(answer) if return_sign else answer[0]
+    key, answers = repeat.again("logsumexp", inputs, options) if out is None else (None, None)
+    if answers is not None:
+        return tuple(answers) if return_sign else answers[0]
     prepared = prepare_log(a, axis, b, keepdims, return_sign, out)
     given = out if isinstance(out, tuple) else (out, None)
     return call(*prepared, given=given, key=key)

@@ -109,9 +109,9 @@ def log_softmax_backward(
 
 
 def _backward(function: str, dy: Any, y: Any, axis: Any, out: Any) -> Any:
-    key, again = repeat.find(function, (dy, y), (axis,)) if out is None else (None, None)
-    if again is not None:
-        return again(dy, y)[0]
+    key, answers = repeat.again(function, (dy, y), (axis,)) if out is None else (None, None)
+    if answers is not None:
+        return answers[0]
     return api.call(*prepare(function, dy, y, axis, out), given=(out,), key=key)
 
 

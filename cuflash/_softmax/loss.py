@@ -94,12 +94,11 @@ def cross_entropy(
     """
     inputs = logits, targets
     options = (axis, ignore_index, label_smoothing, reduction, return_lse)
-    key, again = (
-        (None, None) if arrays.checks_on_gpu() else repeat.find("cross_entropy", inputs, options)
+    key, answers = (
+        (None, None) if arrays.checks_on_gpu() else repeat.again("cross_entropy", inputs, options)
     )
-    if again is not None:
-        answer = again(*inputs)
-        return CrossEntropy(*answer) if return_lse else answer[0]
+    if answers is not None:
+        return CrossEntropy(*answers) if return_lse else answers[0]
     caller, problem, native, last = _prepare(
         logits, targets, axis, ignore_index, label_smoothing, reduction
     )
@@ -188,9 +187,11 @@ def cross_entropy_backward(
     inputs = (logits, targets, lse) if number else (logits, targets, lse, dloss)
     options = (dloss if number else None, axis, ignore_index, label_smoothing, reduction)
     long = out is not None or arrays.checks_on_gpu()
-    key, again = (None, None) if long else repeat.find("cross_entropy_backward", inputs, options)
-    if again is not None:
-        return again(*inputs)[0]
+    key, answers = (
+        (None, None) if long else repeat.again("cross_entropy_backward", inputs, options)
+    )
+    if answers is not None:
+        return answers[0]
     caller, problem, native, last = _prepare_backward(
         dloss, logits, targets, lse, axis, ignore_index, label_smoothing, reduction, out
     )

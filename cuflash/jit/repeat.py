@@ -4,9 +4,9 @@ Checks and planning depend on shapes, strides, dtypes, alignment, options and th
 nothing else. All of these are the key; under it stands what the call launched, which lacks only
 its pointers::
 
-    key, again = repeat.find("softmax", (x,), (axis,))
-    if again is not None:
-        return again(x)[0]
+    key, answers = repeat.again("softmax", (x,), (axis,))
+    if answers is not None:
+        return answers[0]
     with Recording() as made:
         ...
     repeat.remember(key, made, (x,), (answer,))
@@ -42,16 +42,19 @@ Key = tuple[Any, ...]
 Places = tuple[tuple[int, int, int], ...]
 
 _known: dict[Key, Repeat] = {}
-_environment = os.environ.get
 
 
-def find(
-    function: str, arrays: Sequence[Any], options: tuple[Any, ...]
-) -> tuple[Key | None, Repeat | None]:
-    """All that decides about a call but its pointers, and what was remembered under it.
+def again(
+    function: str,
+    arrays: Sequence[Any],
+    options: tuple[Any, ...],
+    numbers: tuple[int, ...] = (),
+) -> tuple[Key | None, list[cupy.ndarray] | None]:
+    """Make a call again: all that decides about it but its pointers, and its outputs.
 
-    The key is None for what must always go the long way: arrays that are not exactly CuPy's, or
-    not on the current device, and options that are arrays.
+    The outputs are None for a call that is not remembered. The key is None too for what must
+    always go the long way: arrays that are not exactly CuPy's, or not on the current device, and
+    options that are arrays.
     """
     cupy: Any = sys.modules.get("cupy")
     ndarray = getattr(cupy, "ndarray", None)
@@ -59,22 +62,26 @@ def find(
         if type(array) is not ndarray:
             return None, None
     device = cupy.cuda.runtime.getDevice()
-    types = [*map(type, options)]
-    if tuple in types:  # an axis, a window: 1 is no True there either
-        types += [type(one) for each in options if type(each) is tuple for one in each]
-    key: Key = (function, device, _environment("CUFLASH_ARCH"), *options, *types)
+    values, layouts = [], []
     for array in arrays:
         memory = array.data
         if memory.device_id != device:
             return None, None
-        key += array.shape, array.strides, array.dtype, memory.ptr % 16
-    if len(arrays) > 1:  # which of them are one: an address must tell an operand
-        pointers = [array.data.ptr for array in arrays]
-        key += tuple(map(pointers.index, pointers))
+        address = memory.ptr
+        values.append(address)
+        layouts += array.shape, array.strides, array.dtype, address % 16
+    types = [*map(type, options)]
+    if tuple in types:  # an axis, a window: 1 is no True there either
+        types += [type(one) for each in options if type(each) is tuple for one in each]
+    if len({*values}) < len(values):  # which of them are one: an address must tell an operand
+        types += map(values.index, values)
+    forced = os.environ.get("CUFLASH_ARCH")
+    key: Key = (function, device, forced, *layouts, *options, *types)
     try:
-        return key, _known.get(key)
+        known = _known.get(key)
     except TypeError:  # an array among the options
         return None, None
+    return key, None if known is None else known(values, numbers)
 
 
 def remember(
@@ -89,11 +96,11 @@ def remember(
     Parameters
     ----------
     key : tuple or None
-        What `find` gave; for None nothing is done.
+        What `again` gave; for None nothing is done.
     made : Recording
         Of the whole call, over by now.
     inputs : sequence of ndarray
-        The arrays that `find` was given.
+        The arrays that `again` was given.
     outputs : sequence of ndarray
         What was allocated for the answer, each with memory of its own.
     numbers : mapping of str to int, optional
@@ -168,7 +175,9 @@ class Repeat:
     ) -> None:
         import cupy
 
-        self.ndarray, self.alloc = cupy.ndarray, cupy.cuda.alloc
+        from ..gpu_arrays import kept
+
+        self.ndarray, self.alloc, self.kept = cupy.ndarray, cupy.cuda.alloc, kept
         self.outputs = [
             (x.shape, x.dtype, None if x.flags.c_contiguous else x.strides, x.nbytes)
             for x in outputs
@@ -179,9 +188,8 @@ class Repeat:
         # and until the driver has copied it, in whichever thread.
         self.spare: list[list[tuple[Any, ...]]] = []
 
-    def __call__(self, *arrays: cupy.ndarray, numbers: tuple[int, ...] = ()) -> list[cupy.ndarray]:
-        """Allocate and launch; return the outputs."""
-        values = [array.data.ptr for array in arrays]
+    def __call__(self, values: list[int], numbers: tuple[int, ...] = ()) -> list[cupy.ndarray]:
+        """Allocate and launch; return the outputs. What is in `values` are the inputs' addresses."""
         outputs = []
         for shape, dtype, strides, nbytes in self.outputs:
             if strides is None:
@@ -192,8 +200,8 @@ class Repeat:
             values.append(output.data.ptr)
         values += numbers
         if self.workspace:
-            workspace: Any = launch.workspace(self.workspace)
-            values.append(workspace.data.ptr)
+            workspace = self.kept(self.alloc(self.workspace))
+            values.append(workspace.ptr)
         try:
             arguments = self.spare.pop()
         except IndexError:

@@ -120,9 +120,11 @@ def sample(
     """
     options = (axis, temperature, top_k, top_p, min_p)
     known = _is_word(seed) and _is_word(offset) and not arrays.checks_on_gpu()
-    key, again = repeat.find("sample", (logits,), options) if known else (None, None)
-    if again is not None:
-        return again(logits, numbers=(seed, offset))[0]
+    key, answers = (
+        repeat.again("sample", (logits,), options, (seed, offset)) if known else (None, None)
+    )
+    if answers is not None:
+        return answers[0]
     caller, native, problem = prepare(logits, seed, offset, axis, temperature, top_k, top_p, min_p)
     with caller, Recording() as made:
         out = caller.empty((problem.rows,), np.dtype(np.int64))

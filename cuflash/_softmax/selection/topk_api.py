@@ -109,9 +109,9 @@ def topk(x: Any, k: int, *, axis: int = -1, out: Any = None) -> TopK:
     >>> cuflash.topk(x, 1, axis=0).indices
     array([[2, 2, 2, 0]])
     """
-    key, again = repeat.find("topk", (x,), (k, axis)) if out is None else (None, None)
-    if again is not None:
-        return TopK(*again(x))
+    key, answers = repeat.again("topk", (x,), (k, axis)) if out is None else (None, None)
+    if answers is not None:
+        return TopK(*answers)
     return _call(*prepare("topk", x, k, axis, out), given=out, key=key)
 
 
@@ -176,9 +176,9 @@ def softmax_topk(x: Any, k: int, *, axis: int = -1, out: Any = None) -> TopK:
            [2, 3],
            [2, 1]])
     """
-    key, again = repeat.find("softmax_topk", (x,), (k, axis)) if out is None else (None, None)
-    if again is not None:
-        return TopK(*again(x))
+    key, answers = repeat.again("softmax_topk", (x,), (k, axis)) if out is None else (None, None)
+    if answers is not None:
+        return TopK(*answers)
     return _call(*prepare("softmax_topk", x, k, axis, out), given=out, key=key)
 
 

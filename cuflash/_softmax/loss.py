@@ -187,9 +187,7 @@ def cross_entropy_backward(
     inputs = (logits, targets, lse) if number else (logits, targets, lse, dloss)
     options = (dloss if number else None, axis, ignore_index, label_smoothing, reduction)
     long = out is not None or arrays.checks_on_gpu()
-    key, answers = (
-        (None, None) if long else repeat.again("cross_entropy_backward", inputs, options)
-    )
+    key, answers = (None, None) if long else repeat.again("cross_entropy_backward", inputs, options)
     if answers is not None:
         return answers[0]
     caller, problem, native, last = _prepare_backward(

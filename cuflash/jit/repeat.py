@@ -62,21 +62,21 @@ def again(
         if type(array) is not ndarray:
             return None, None
     device = cupy.cuda.runtime.getDevice()
-    values, layouts = [], []
+    types = (*map(type, options),)
+    if tuple in types:  # an axis, a window: 1 is no True there either
+        types += tuple(type(one) for each in options if type(each) is tuple for one in each)
+    key: Key = (function, device, os.environ.get("CUFLASH_ARCH"), options, types)
+    values = []
     for array in arrays:
         memory = array.data
         if memory.device_id != device:
             return None, None
         address = memory.ptr
         values.append(address)
-        layouts += array.shape, array.strides, array.dtype, address % 16
-    types = [*map(type, options)]
-    if tuple in types:  # an axis, a window: 1 is no True there either
-        types += [type(one) for each in options if type(each) is tuple for one in each]
-    if len({*values}) < len(values):  # which of them are one: an address must tell an operand
-        types += map(values.index, values)
-    forced = os.environ.get("CUFLASH_ARCH")
-    key: Key = (function, device, forced, *layouts, *options, *types)
+        key = key, array.shape, array.strides, array.dtype, address % 16
+    if len(values) > 1 and len({*values}) < len(values):
+        # Some are one: an address must tell an operand.
+        key += tuple(map(values.index, values))
     try:
         known = _known.get(key)
     except TypeError:  # an array among the options
@@ -179,7 +179,8 @@ class Repeat:
 
         self.ndarray, self.alloc, self.kept = cupy.ndarray, cupy.cuda.alloc, kept
         self.outputs = [
-            (x.shape, x.dtype, None if x.flags.c_contiguous else x.strides, x.nbytes)
+            # CuPy finds a type sooner than a dtype.
+            (x.shape, x.dtype.type, None if x.flags.c_contiguous else x.strides, x.nbytes)
             for x in outputs
         ]
         self.workspace = workspace
@@ -189,7 +190,7 @@ class Repeat:
         self.spare: list[list[tuple[Any, ...]]] = []
 
     def __call__(self, values: list[int], numbers: tuple[int, ...] = ()) -> list[cupy.ndarray]:
-        """Allocate and launch; return the outputs. What is in `values` are the inputs' addresses."""
+        """Allocate and launch, given the inputs' addresses; return the outputs."""
         outputs = []
         for shape, dtype, strides, nbytes in self.outputs:
             if strides is None:

@@ -66,12 +66,13 @@ def is_sound(problem, chosen, streams):
     assert chosen.grid[0] * (c["kThreads"] // c["kThreadsPerRow"]) >= streams
     assert items <= 32
     assert items % c["kMaxima"] == 0
-    # The buffer has room for the maxima, and for more than what is kept of it when it is full.
-    assert c["kCapacity"] >= max(maxima, 2 * topk_plan.most(problem.k))
+    # k maxima tell a bound. The buffer has room for more than what is kept of it when it is full.
+    assert maxima >= min(problem.k, c["kThreadsPerRow"] * items)
+    assert 2 * c["kCapacity"] >= 3 * topk_plan.most(problem.k)
     assert topk_plan.most(problem.k) >= problem.k
     key = 16 if problem.dtype == "float64" else 8
     rows = c["kThreads"] // c["kThreadsPerRow"]
-    assert rows * c["kCapacity"] * key <= STATIC - 1024
+    assert rows * (c["kCapacity"] + maxima) * key <= STATIC - 1024
 
 
 @pytest.mark.parametrize(

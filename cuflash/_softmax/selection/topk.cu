@@ -28,7 +28,6 @@ constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
 static_assert(kOuterAxes >= 1 && kOuterAxes <= kMaxAxes, "rows need 1 to 4 axes");
 static_assert(kItems <= 32, "an item has a bit of a word");
 static_assert(kItems % kMaxima == 0, "maxima are of equal parts");
-static_assert(kCapacity >= kThreadsPerRow * kMaxima, "the maxima of a chunk are candidates at first");
 
 using Pair = RunningPair<Score, BaseE>;
 
@@ -67,6 +66,21 @@ struct Chunk {
 
   __device__ __forceinline__ Score operator[](int i) const {
     return widen(reinterpret_cast<const Vector<Element, kVector>&>(vectors[i / kVector]).at[i % kVector]);
+  }
+
+  // The same where i is not known before. Registers have no addresses, and memory would answer only after other loads.
+  __device__ __forceinline__ Score pick(int i) const {
+    Chunk picked = {vectors[0]};
+#pragma unroll
+    for (int v = 1; v < kVectors; ++v) {
+      if (i / kVector == v) picked.vectors[0] = vectors[v];
+    }
+    Score score = picked[0];
+#pragma unroll
+    for (int j = 1; j < kVector; ++j) {
+      if (i % kVector == j) score = picked[j];
+    }
+    return score;
   }
 };
 
@@ -113,6 +127,15 @@ struct Row {
 
   // Of the element there. Elements of lower columns have higher ranks.
   __device__ __forceinline__ uint32 rank(int64 at, int place) const { return ~(uint32(at) + place - head); }
+
+  // The thread's items, a bit for each, whose ranks are at least this in the chunk at `at`.
+  __device__ __forceinline__ uint32 since(int64 at, uint32 rank) const {
+    const int64 away = int64(~rank) + head - at - place_of(0);
+    if (away < 0) return 0;
+    if (away >= kStep) return ~0u;
+    const int items = int(away) / kStride * kVector + min_of(int(away) % kStride + 1, kVector);
+    return ~0u >> (32 - items);
+  }
 
   // What the row does not have is -inf. Whole vectors come first, all at once; few threads have one in part.
   __device__ __forceinline__ void load(int64 at, Chunk& chunk) const {
@@ -166,87 +189,106 @@ struct Search {
     return larger(max[0], max[1]);
   }
 
-  // Finds a bound that k maxima of the first chunk reach. Their ranks are at most those of their elements, so that the
-  // elements reach it too, and 0 where that is not an element's.
-  __device__ __forceinline__ void begin(const Chunk& chunk, int64 at) {
-    constexpr int kMaximaOfRow = kThreadsPerRow * kMaxima;
+  // The largest of items first to end - 1, where it is one of those in `bits`. Else, as a NaN is, none: all candidates
+  // reach the bound without a rank. -inf may be no element, and all elements reach it without a rank.
+  __device__ __forceinline__ Key largest_of(const Chunk& chunk, uint32 bits, int first, int end, int64 at) const {
+    const Score max = largest(chunk, first, end);
+    uint32 equal = 0;
 #pragma unroll
-    for (int j = 0; j < kMaxima; ++j) {
-      const int last = place_of((j + 1) * kUnit - 1);
-      const uint32 rank = row.has(at, last) ? row.rank(at, last) : 0;
-      candidates.keys[j * kThreadsPerRow + thread_of_row()] = {order(largest(chunk, j * kUnit, (j + 1) * kUnit)), rank};
-    }
-    sync_row();  // all maxima are there
-    bound = candidates.threshold(kMaximaOfRow, k(), most());
-    sync_row();  // all have read what is overwritten now
+    for (int i = first; i < end; ++i) equal |= uint32(same(chunk[i], max)) << i;
+    const int found = __ffs(equal & bits) - 1;
+    const Key key = {order(max), max == -infinity<Score>() ? 0 : row.rank(at, place_of(found))};
+    return found >= 0 && key.reaches(bound) ? key : Key{bound.value, 0};
   }
 
-  // Takes a chunk into the pair. Returns the items that may reach the bound, a bit for each: with those that compare to
-  // neither side, and those that are equal and may have come too late.
-  __device__ __forceinline__ uint32 take(const Chunk& chunk) {
-    const Score max = largest(chunk, 0, kItems);
-    if constexpr (kSoftmax) {
-      pair.raise(max);
-      const Score shift = BaseE::reference(pair.max);
-      Score sums[2] = {Score(0), Score(0)};
+  // Raises the bound to what about k reach of the candidates and of the maxima of a chunk, of which the items in `bits`
+  // are no candidates yet. So a row in rising order has no more candidates than others.
+  __device__ __forceinline__ void raise(const Chunk& chunk, uint32 bits, int64 at) {
+    const int held = min_of(candidates.held, kCapacity);
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) sums[i % 2] += BaseE::exp_in_sum(chunk[i] - shift);
-      pair.sum += sums[0] + sums[1];
+    for (int j = 0; j < kMaxima; ++j) {
+      candidates.keys[held + j * kThreadsPerRow + thread_of_row()] =
+          largest_of(chunk, bits, j * kUnit, (j + 1) * kUnit, at);
     }
-    if (order(max) < bound.value) return 0;
+    sync_row();  // all maxima are there
+    const Key raised = candidates.threshold(held + kThreadsPerRow * kMaxima, k(), most());
+    if (raised.reaches(bound)) bound = raised;
+    candidates.drop(held, bound);
+  }
+
+  // Takes a chunk into the pair.
+  __device__ __forceinline__ void add(const Chunk& chunk, Score max) {
+    pair.raise(max);
+    const Score shift = BaseE::reference(pair.max);
+    Score sums[2] = {Score(0), Score(0)};
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) sums[i % 2] += BaseE::exp_in_sum(chunk[i] - shift);
+    pair.sum += sums[0] + sums[1];
+  }
+
+  // The items that may reach the bound, a bit for each: with those that compare to neither side. Equal ones may have come
+  // too late, and must have where none is larger.
+  __device__ __forceinline__ uint32 reaching(const Chunk& chunk, Order max, int64 at) const {
+    const uint32 wanted = max > bound.value ? ~0u : max == bound.value ? row.since(at, bound.rank) : 0;
+    if (wanted == 0) return 0;
     const Score score = score_of(bound.value);
     uint32 bits = 0;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) bits |= uint32(!(chunk[i] < score)) << i;
-    return bits;
+    return bits & wanted;
   }
 
   // Appends those of the items that reach the bound. Returns those that there was no room for.
-  __device__ __forceinline__ uint32 append(uint32 bits, int64 at) {
+  __device__ __forceinline__ uint32 append(const Chunk& chunk, uint32 bits, int64 at) {
 #pragma unroll 1
     while (bits != 0) {
-      const int place = place_of(__ffs(bits) - 1);
-      if (row.has(at, place)) {
-        const Key key = {order(widen(row.x[at + place])), row.rank(at, place)};
-        if (key.reaches(bound) && !candidates.append(key)) break;
-      }
+      const int i = __ffs(bits) - 1, place = place_of(i);
+      const Key key = {order(chunk.pick(i)), row.rank(at, place)};
+      if (row.has(at, place) && key.reaches(bound) && !candidates.append(key)) break;
       bits &= bits - 1;
     }
     return bits;
   }
 
-  // Appends what reaches the bound, which is raised when there is no room. Returns once that is done, and from the last
-  // chunk once all warps are done.
-  __device__ __forceinline__ void keep(uint32 bits, int64 at, bool last) {
+  // Appends what reaches the bound, which is raised at first and when there is no room. Returns once that is done, and
+  // behind the last chunk, where there is nothing to append, once all warps are done.
+  __device__ __forceinline__ void keep(const Chunk& chunk, Order max, int64 at, bool first) {
+    const bool last = at >= row.end;
+    uint32 bits = last ? 0 : ~0u;
+    bool meets = first && row.end - at > min_of(kFew, 4 * most());
+#pragma unroll 1
     for (;;) {
-      bits = append(bits, at);
+      if (meets) raise(chunk, bits, at);
+      bits = append(chunk, bits & reaching(chunk, max, at), at);
       const bool waits = __any_sync(0xffffffff, bits != 0);
       if (!waits && !last) return;
       // A barrier: all warps are here, and the keys are complete.
-      if (!any_in_row(waits)) return;
-      bound = candidates.shrink(kCapacity, k(), most());
+      meets = any_in_row(waits);
+      if (!meets) return;
     }
   }
 
   // Leaves the k largest in the buffer, sorted.
   __device__ __forceinline__ void run() {
     Chunk chunk;
-    uint32 bits = 0;  // of the chunk before
+    bool first = true;
 #pragma unroll 1
-    for (int64 at = row.start;; at += kStep) {
-      const bool last = at >= row.end;
-      if (!last) row.load(at, chunk);  // on its way while the one before is seen to
-      keep(bits, at - kStep, last);
-      if (last) break;
-      if (at == row.start && row.end - row.start > kFew) begin(chunk, at);
-      bits = take(chunk);
+    for (int64 at = row.start;; at += kStep, first = false) {
+      Score max = -infinity<Score>();
+      if (at < row.end) {
+        row.load(at, chunk);
+        max = largest(chunk, 0, kItems);
+        if constexpr (kSoftmax) add(chunk, max);
+      }
+      keep(chunk, order(max), at, first);
+      if (at >= row.end) break;
     }
     finish(candidates.held);
   }
 
   __device__ __forceinline__ void finish(int held) {
     if (held > kFew && held > most()) {
-      candidates.shrink(held, k(), most());
+      candidates.drop(held, candidates.threshold(held, k(), most()));
       held = candidates.held;
     }
     if (held <= kFew) {

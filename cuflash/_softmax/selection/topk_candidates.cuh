@@ -6,8 +6,7 @@ constexpr bool kWarpPerRow = kThreadsPerRow == 32;
 static_assert(kWarpPerRow || kThreadsPerRow == kThreads, "a row has a warp or a block");
 
 constexpr int kWarps = kThreadsPerRow / 32;
-constexpr int kDigit = kWarps == 1 ? 1 : kWarps < 8 ? 2 : 4;  // bits of a threshold that are found at a time
-constexpr int kFew = kWarpPerRow ? 64 : 128;                  // keys that are sorted by counting
+constexpr int kFew = kWarpPerRow ? 64 : 128;  // keys that are sorted by counting
 constexpr int kFewEach = kFew > kThreadsPerRow ? kFew / kThreadsPerRow : 1;
 
 __device__ __forceinline__ int thread_of_row() { return threadIdx.x % kThreadsPerRow; }
@@ -32,9 +31,17 @@ __device__ __forceinline__ int sum_in_warp(int n) {
 #endif
 }
 
+template <typename Bits> __device__ __forceinline__ Bits least_in_warp(Bits bits) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(Bits) == 4) return __reduce_min_sync(0xffffffff, bits);
+#endif
+  for (int mask = 1; mask < 32; mask *= 2) bits = min_of(bits, __shfl_xor_sync(0xffffffff, bits, mask));
+  return bits;
+}
+
 struct Candidates {
-  Key keys[kCapacity];
-  int counts[2][1 << kDigit];
+  Key keys[kCapacity + kThreadsPerRow * kMaxima];  // behind those that were appended, the maxima of a chunk
+  int counts[2][kWarps];
   int held;  // keys; more than there is room for, once some have found none
 
   // Appends a key; false if there is no room.
@@ -44,61 +51,69 @@ struct Candidates {
     return slot < kCapacity;
   }
 
-  // A threshold that at least k of n keys reach, and at most `most` if there is one, found digit by digit from the top;
-  // 0 for fewer than k. `reached` is how many reach 0, and then the answer. Each warp has trials of its own.
-  template <typename Bits, typename Reaches>
-  __device__ __forceinline__ Bits select(int n, int k, int most, int& reached, Reaches reaches) {
+  // A threshold that at least k of n keys reach, and at most `most` if there is one. It lies between the least and the
+  // largest part of a key: each warp tries one between two of as many sections and one more, until few keys or one
+  // threshold are left. `reached` is how many reach the least, and then the answer.
+  template <typename Part, typename Reaches>
+  __device__ __forceinline__ auto select(int n, int k, int most, int& reached, Part part, Reaches reaches) {
+    using Bits = decltype(part(keys[0]));
     const int warp = thread_of_row() / 32, lane = threadIdx.x % 32;
-    Bits threshold = 0;
-#pragma unroll 1
-    for (int shift = 8 * sizeof(Bits) - kDigit; shift >= 0 && reached > most; shift -= kDigit) {
-      int(&tried)[1 << kDigit] = counts[shift / kDigit % 2];
-#pragma unroll 1
-      for (int digit = 1 + warp; digit < 1 << kDigit; digit += kWarps) {
-        const Bits trial = threshold | Bits(digit) << shift;
-        int count = 0;
-#pragma unroll 4
-        for (int i = lane; i < n; i += 32) count += reaches(keys[i], trial);
-        count = sum_in_warp(count);
-        if (lane == 0) tried[digit] = count;
-      }
-      sync_row();  // all counts are there; the next but one, in the same place, will come after another barrier
-      const int count = lane > 0 && lane < 1 << kDigit ? tried[lane] : 0;
-      const uint32 enough = __ballot_sync(0xffffffff, count >= k);
-      if (enough == 0) continue;
-      const int digit = 31 - __clz(enough);
-      threshold |= Bits(digit) << shift;
-      reached = __shfl_sync(0xffffffff, count, digit);
+    Bits low = ~Bits(0), other_high = low;
+#pragma unroll 2
+    for (int i = lane; i < n; i += 32) {
+      low = min_of(low, part(keys[i]));
+      other_high = min_of(other_high, Bits(~part(keys[i])));
     }
-    return threshold;
+    low = least_in_warp(low);
+    Bits high = ~least_in_warp(other_high);
+#pragma unroll 1
+    for (int round = 0; low != high && reached > most; ++round) {
+      const Bits base = low, span = high - low, step = span / (kWarps + 1) + 1;
+      const auto between = [&](int section) { return base + min_of(Bits(section * step), span); };
+      const Bits trial = between(warp + 1);
+      int count = 0;
+#pragma unroll 4
+      for (int i = lane; i < n; i += 32) count += reaches(keys[i], trial);
+      count = sum_in_warp(count);
+      if constexpr (!kWarpPerRow) {
+        if (lane == 0) counts[round % 2][warp] = count;
+        sync_row();  // all counts are there; the next but one, in the same place, will come after another barrier
+        count = counts[round % 2][lane % kWarps];
+      }
+      const uint32 enough = __ballot_sync(0xffffffff, count >= k) & ((1u << kWarps) - 1);
+      const int section = 32 - __clz(enough);
+      if (section > 0) reached = __shfl_sync(0xffffffff, count, section - 1);
+      if (section > 0) low = between(section);
+      if (section < kWarps) high = between(section + 1) - 1;
+    }
+    return low;
   }
 
   // A key that at least k of n reach, and at most `most` if there is one.
   __device__ __forceinline__ Key threshold(int n, int k, int most) {
     int reached = n;
-    const Order value =
-        select<Order>(n, k, most, reached, [](Key key, Order trial) { return key.value >= trial; });
-    const uint32 rank = select<uint32>(n, k, most, reached, [value](Key key, uint32 trial) {
-      return key.reaches({value, trial});
-    });
+    const Order value = select(
+        n, k, most, reached, [](Key key) { return key.value; }, [](Key key, Order trial) { return key.value >= trial; });
+    sync_row();  // all have read the last counts
+    const uint32 rank = select(
+        n, k, most, reached, [](Key key) { return key.rank; },
+        [value](Key key, uint32 trial) { return key.reaches({value, trial}); });
     return {value, rank};
   }
 
-  // Drops all of n keys but the k largest, or a few more, at most `most`; all that are left reach the key returned.
-  __device__ __forceinline__ Key shrink(int n, int k, int most) {
+  // Drops those of n keys that do not reach the bound.
+  __device__ __forceinline__ void drop(int n, Key bound) {
     const int thread = thread_of_row();
-    const Key least = threshold(n, k, most);
-    sync_row();  // all know n
+    sync_row();  // all know n, and have read what is overwritten now
     if (thread == 0) held = 0;
 #pragma unroll 1
     for (int base = 0; base < n; base += kThreadsPerRow) {
       const int i = base + thread;
       const Key key = i < n ? keys[i] : Key{0, 0};
       sync_row();  // all have read what is overwritten now, and the count is 0
-      if (i < n && key.reaches(least)) append(key);
+      if (i < n && key.reaches(bound)) append(key);
     }
     sync_row();  // the count and the keys are complete
-    return least;
   }
 
   // Sorts n keys, the largest first: the place of each is how many are larger.

@@ -31,6 +31,10 @@ __device__ __forceinline__ double score_of(uint64 order) {
   return __longlong_as_double(int64(order & sign ? order ^ sign : ~order));
 }
 
+// Bit for bit: a comparison of subnormal values flushes them to 0.
+__device__ __forceinline__ bool same(float a, float b) { return __float_as_uint(a) == __float_as_uint(b); }
+__device__ __forceinline__ bool same(double a, double b) { return __double_as_longlong(a) == __double_as_longlong(b); }
+
 // The larger, NaN above all. PTX ISA, "Floating Point Instructions: max".
 __device__ __forceinline__ float larger(float a, float b) {
 #if __CUDA_ARCH__ >= 800
@@ -50,6 +54,8 @@ struct alignas(2 * sizeof(Order)) Key {
 
   // Whether the element comes before that of another key, or is the same. Without branches, as && has them.
   __device__ __forceinline__ bool reaches(Key other) const {
+    if constexpr (sizeof(Order) == 4) return word() >= other.word();
     return value > other.value | (value == other.value & rank >= other.rank);
   }
+  __device__ __forceinline__ uint64 word() const { return uint64(value) << 32 | rank; }
 };

@@ -23,7 +23,9 @@ SMALL_ROW = 32 * 1024  # bytes of a row for the smallest block
 ALONE_ROW = 256 * 1024  # bytes of a row that one block reads sooner than two launches
 SLICE = 16 * 1024  # bytes of a part at least
 ROUNDS = 16  # chunks whose candidates a buffer takes, if they are like the first
-BUFFER = {"warp": 4 * 1024, "block": 40 * 1024}  # bytes of candidates at most
+WARP_KEYS = 512  # candidates and maxima of a warp at most
+BUFFER = 40 * 1024  # bytes of those of a block
+MAXIMA = 16 * 1024  # bytes of maxima at most
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,13 @@ def _sharing(problem: Problem, per_row: int, threads: int, columns: int, gpu: Gp
     vectors = min(power_of_two(loads), _most_vectors(problem))
     items = vectors * vector
     maxima = 1
-    while maxima < items and per_row * maxima < 2 * bucket(problem.k):
-        maxima *= 2
     key = 16 if problem.dtype == "float64" else 8
-    room = BUFFER["warp"] if per_row == WARP else min(BUFFER["block"], 64 * threads)
+    wanted = min(2 * bucket(problem.k), MAXIMA // key)
+    while maxima < items and per_row * maxima < wanted:
+        maxima *= 2
+    room = WARP_KEYS if per_row == WARP else min(BUFFER, 64 * threads) // key
     kept = most(bucket(problem.k))
-    capacity = max(min(ROUNDS * kept, room // key), 2 * kept, per_row * maxima)
+    capacity = max(min(ROUNDS * kept, room - per_row * maxima), kept + kept // 2)
     blocks = _resident(problem, vectors, gpu) // threads
     return Sharing(per_row, threads, blocks, vectors, maxima, capacity)
 

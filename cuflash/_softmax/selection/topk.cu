@@ -226,8 +226,8 @@ struct Search {
     pair.sum += sums[0] + sums[1];
   }
 
-  // The items that may reach the bound, a bit for each: with those that compare to neither side. Equal ones may have come
-  // too late, and must have where none is larger.
+  // The items that may reach the bound, a bit for each: with those that compare to neither side. Equal ones may have
+  // come too late, and must have where none is larger.
   __device__ __forceinline__ uint32 reaching(const Chunk& chunk, Order max, int64 at) const {
     const uint32 wanted = max > bound.value ? ~0u : max == bound.value ? row.since(at, bound.rank) : 0;
     if (wanted == 0) return 0;
@@ -241,11 +241,12 @@ struct Search {
   // Appends those of the items that reach the bound. Returns those that there was no room for.
   __device__ __forceinline__ uint32 append(const Chunk& chunk, uint32 bits, int64 at) {
 #pragma unroll 1
-    while (bits != 0) {
-      const int i = __ffs(bits) - 1, place = place_of(i);
+    while (__any_sync(0xffffffff, bits != 0)) {
+      const int i = max_of(__ffs(bits) - 1, 0), place = place_of(i);
       const Key key = {order(chunk.pick(i)), row.rank(at, place)};
-      if (row.has(at, place) && key.reaches(bound) && !candidates.append(key)) break;
-      bits &= bits - 1;
+      const bool fits = candidates.append(key, bits != 0 && row.has(at, place) && key.reaches(bound));
+      if (fits) bits &= bits - 1;
+      if (__any_sync(0xffffffff, !fits)) break;
     }
     return bits;
   }

@@ -7,6 +7,7 @@ static_assert(kWarpPerRow || kThreadsPerRow == kThreads, "a row has a warp or a 
 
 constexpr int kWarps = kThreadsPerRow / 32;
 constexpr int kFew = kWarpPerRow ? 64 : 128;  // keys that are sorted by counting
+constexpr int kUnroll = kWarpPerRow ? 1 : 4;
 constexpr int kFewEach = kFew > kThreadsPerRow ? kFew / kThreadsPerRow : 1;
 
 __device__ __forceinline__ int thread_of_row() { return threadIdx.x % kThreadsPerRow; }
@@ -44,11 +45,15 @@ struct Candidates {
   int counts[2][kWarps];
   int held;  // keys; more than there is room for, once some have found none
 
-  // Appends a key; false if there is no room.
-  __device__ __forceinline__ bool append(Key key) {
-    const int slot = atomicAdd(&held, 1);
-    if (slot < kCapacity) keys[slot] = key;
-    return slot < kCapacity;
+  // Appends the keys of those of a warp's threads that want it. False where there is no room.
+  __device__ __forceinline__ bool append(Key key, bool wants) {
+    const int lane = threadIdx.x % 32;
+    const uint32 wanting = __ballot_sync(0xffffffff, wants);
+    int slot = 0;
+    if (lane == 0) slot = atomicAdd(&held, __popc(wanting));
+    slot = __shfl_sync(0xffffffff, slot, 0) + __popc(wanting & ((1u << lane) - 1));
+    if (wants && slot < kCapacity) keys[slot] = key;
+    return !wants || slot < kCapacity;
   }
 
   // A threshold that at least k of n keys reach, and at most `most` if there is one. It lies between the least and the
@@ -59,7 +64,7 @@ struct Candidates {
     using Bits = decltype(part(keys[0]));
     const int warp = thread_of_row() / 32, lane = threadIdx.x % 32;
     Bits low = ~Bits(0), other_high = low;
-#pragma unroll 2
+#pragma unroll 1
     for (int i = lane; i < n; i += 32) {
       low = min_of(low, part(keys[i]));
       other_high = min_of(other_high, Bits(~part(keys[i])));
@@ -72,17 +77,18 @@ struct Candidates {
       const auto between = [&](int section) { return base + min_of(Bits(section * step), span); };
       const Bits trial = between(warp + 1);
       int count = 0;
-#pragma unroll 4
+#pragma unroll kUnroll
       for (int i = lane; i < n; i += 32) count += reaches(keys[i], trial);
       count = sum_in_warp(count);
+      int section = count >= k;
       if constexpr (!kWarpPerRow) {
         if (lane == 0) counts[round % 2][warp] = count;
         sync_row();  // all counts are there; the next but one, in the same place, will come after another barrier
         count = counts[round % 2][lane % kWarps];
+        section = 32 - __clz(__ballot_sync(0xffffffff, count >= k) & ((1u << kWarps) - 1));
+        count = __shfl_sync(0xffffffff, count, max_of(section - 1, 0));
       }
-      const uint32 enough = __ballot_sync(0xffffffff, count >= k) & ((1u << kWarps) - 1);
-      const int section = 32 - __clz(enough);
-      if (section > 0) reached = __shfl_sync(0xffffffff, count, section - 1);
+      if (section > 0) reached = count;
       if (section > 0) low = between(section);
       if (section < kWarps) high = between(section + 1) - 1;
     }
@@ -93,7 +99,9 @@ struct Candidates {
   __device__ __forceinline__ Key threshold(int n, int k, int most) {
     int reached = n;
     const Order value = select(
-        n, k, most, reached, [](Key key) { return key.value; }, [](Key key, Order trial) { return key.value >= trial; });
+        n, k, most, reached, [](Key key) { return key.value; },
+        [](Key key, Order trial) { return key.value >= trial; });
+    if (reached <= most) return {value, 0};
     sync_row();  // all have read the last counts
     const uint32 rank = select(
         n, k, most, reached, [](Key key) { return key.rank; },
@@ -111,7 +119,7 @@ struct Candidates {
       const int i = base + thread;
       const Key key = i < n ? keys[i] : Key{0, 0};
       sync_row();  // all have read what is overwritten now, and the count is 0
-      if (i < n && key.reaches(bound)) append(key);
+      append(key, i < n && key.reaches(bound));
     }
     sync_row();  // the count and the keys are complete
   }

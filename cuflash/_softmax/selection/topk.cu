@@ -4,12 +4,13 @@
 // Each row, or each of `slices` parts of it, is read chunk by chunk. Instead of k + 1 sorted elements there are a
 // bound that k elements so far reach, and a buffer of those that reached it. The first bound comes from the threads'
 // maxima of the first chunk. From then on warps read on by themselves, and meet when one finds no room in the buffer:
-// the bound is raised to about the k-th of the candidates, and what does not reach it is dropped.
+// the bound is raised to about the k-th of the candidates and of the maxima of what waits, and what does not reach it is
+// dropped.
 //
 //   kThreadsPerRow  32, so that a warp has a row, or all kThreads of the block
 //   kBlocks         of which a multiprocessor has room for: what registers go by
 //   kVectors        16-byte loads of a thread at a time: with those of its row's other threads, a chunk
-//   kMaxima         maxima that a thread has of the first chunk
+//   kMaxima         maxima that a thread has of a chunk
 //   kCapacity       keys in the buffer
 //   kSoftmax        the pair (m, d) is taken from the same read
 //   kSlices         rows are in parts: each leaves its k largest, and its pair, for a second launch
@@ -69,11 +70,15 @@ struct Chunk {
   }
 
   // The same where i is not known before. Registers have no addresses, and memory would answer only after other loads.
+  // By masks: of a choice, compilers make one of addresses.
   __device__ __forceinline__ Score pick(int i) const {
-    Chunk picked = {vectors[0]};
+    Chunk picked;
+    picked.vectors[0] = {};
 #pragma unroll
-    for (int v = 1; v < kVectors; ++v) {
-      if (i / kVector == v) picked.vectors[0] = vectors[v];
+    for (int v = 0; v < kVectors; ++v) {
+      const uint32 mask = i / kVector == v ? ~0u : 0;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) picked.vectors[0].at[w] |= vectors[v].at[w] & mask;
     }
     Score score = picked[0];
 #pragma unroll
@@ -292,11 +297,7 @@ struct Search {
       candidates.drop(held, candidates.threshold(held, k(), most()));
       held = candidates.held;
     }
-    if (held <= kFew) {
-      candidates.sort_few(held);
-    } else {
-      candidates.sort_many(held);
-    }
+    candidates.sort(held);
   }
 };
 

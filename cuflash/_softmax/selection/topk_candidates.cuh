@@ -6,9 +6,9 @@ constexpr bool kWarpPerRow = kThreadsPerRow == 32;
 static_assert(kWarpPerRow || kThreadsPerRow == kThreads, "a row has a warp or a block");
 
 constexpr int kWarps = kThreadsPerRow / 32;
-constexpr int kFew = kWarpPerRow ? 64 : 128;  // keys that are sorted by counting
+constexpr int kCounted = kWarpPerRow ? 32 : 128;  // keys that are sorted by counting, one by each thread
+constexpr int kFew = kWarpPerRow ? 64 : 128;      // keys that are sorted rather than searched for a bound
 constexpr int kUnroll = kWarpPerRow ? 1 : 4;
-constexpr int kFewEach = kFew > kThreadsPerRow ? kFew / kThreadsPerRow : 1;
 
 __device__ __forceinline__ int thread_of_row() { return threadIdx.x % kThreadsPerRow; }
 __device__ __forceinline__ void sync_row() {
@@ -124,35 +124,62 @@ struct Candidates {
     sync_row();  // the count and the keys are complete
   }
 
-  // Sorts n keys, the largest first: the place of each is how many are larger.
-  __device__ __forceinline__ void sort_few(int n) {
-    const int thread = thread_of_row();
-    Key own[kFewEach];
-    int places[kFewEach];
-#pragma unroll
-    for (int e = 0; e < kFewEach; ++e) {
-      const int i = e * kThreadsPerRow + thread;
-      own[e] = i < n ? keys[i] : Key{0, 0};
-      places[e] = 0;
+  // Sorts n keys, the largest first.
+  __device__ __forceinline__ void sort(int n) {
+    if (n <= kCounted) {
+      sort_by_counts(n);
+    } else if (n <= kFew) {
+      sort_in_warp(n);
+    } else {
+      sort_by_merges(n);
     }
+  }
+
+  // The place of each key is how many are larger.
+  __device__ __forceinline__ void sort_by_counts(int n) {
+    const int thread = thread_of_row();
+    const Key own = keys[thread];
+    int place = 0;
     if (thread < n) {
 #pragma unroll 4
-      for (int i = 0; i < n; ++i) {
-        const Key other = keys[i];
-#pragma unroll
-        for (int e = 0; e < kFewEach; ++e) places[e] += !own[e].reaches(other);
-      }
+      for (int i = 0; i < n; ++i) place += !own.reaches(keys[i]);
     }
     sync_row();  // all have read what is overwritten now
-#pragma unroll
-    for (int e = 0; e < kFewEach; ++e) {
-      if (e * kThreadsPerRow + thread < n) keys[places[e]] = own[e];
-    }
+    if (thread < n) keys[place] = own;
     sync_row();  // the keys are complete
   }
 
-  // The same by bitonic merges.
-  __device__ __forceinline__ void sort_many(int n) {
+  // Bitonic merges of two neighbours from each thread of a warp.
+  __device__ __forceinline__ void sort_in_warp(int n) {
+    const int lane = threadIdx.x % 32;
+    const auto key_at = [&](int i) { return i < n ? keys[i] : Key{0, 0}; };
+    Key own[2] = {key_at(2 * lane), key_at(2 * lane + 1)};
+    sync_row();  // all have read what is overwritten now
+#pragma unroll
+    for (int size = 1; size <= 32; size *= 2) {
+      const bool falling = (lane & size) == 0;
+#pragma unroll
+      for (int stride = size / 2; stride > 0; stride /= 2) {
+        const bool larger = falling == ((lane & stride) == 0);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const Key other = own[e].of_lane(lane ^ stride);
+          if (own[e].reaches(other) != larger) own[e] = other;
+        }
+      }
+      if (own[0].reaches(own[1]) != falling) {
+        const Key first = own[0];
+        own[0] = own[1];
+        own[1] = first;
+      }
+    }
+    keys[2 * lane] = own[0];
+    keys[2 * lane + 1] = own[1];
+    sync_row();  // the keys are complete
+  }
+
+  // Bitonic merges in shared memory.
+  __device__ __forceinline__ void sort_by_merges(int n) {
     const int thread = thread_of_row();
     int padded = 1;
     while (padded < n) padded *= 2;

@@ -57,5 +57,8 @@ struct alignas(2 * sizeof(Order)) Key {
     if constexpr (sizeof(Order) == 4) return word() >= other.word();
     return value > other.value | (value == other.value & rank >= other.rank);
   }
+  __device__ __forceinline__ Key of_lane(int lane) const {
+    return {__shfl_sync(0xffffffff, value, lane), __shfl_sync(0xffffffff, rank, lane)};
+  }
   __device__ __forceinline__ uint64 word() const { return uint64(value) << 32 | rank; }
 };

@@ -12,9 +12,9 @@
 // `beside` are the elements of the second operand, with kBeside: logsumexp's weights, y of the backward passes.
 #include "_softmax/state.cuh"
 
-// The exponential of what is stored as an answer; in the precision of half of it the quicker one is exact.
+// The exponential of what is stored as an answer. Of floats the quicker one is not exact enough, but for halves it is.
 __device__ __forceinline__ Score answer_exp(Score x) {
-  return sizeof(Result) == 2 ? BaseE::exp_in_sum(x) : BaseE::exp(x);
+  return sizeof(Result) == 4 ? BaseE::exp(x) : BaseE::exp_in_sum(x);
 }
 
 struct Softmax {
@@ -86,6 +86,10 @@ struct LogSoftmax : Softmax {
   };
 };
 
+// A term of a sum, used or not.
+__device__ __forceinline__ float exp_in_any_case(float x) { return BaseE::exp_in_sum(x); }
+__device__ __forceinline__ double exp_in_any_case(double x) { return exp_of_negative_in_any_case(x); }
+
 struct LogSumExp {
   using State = LogSum;
   static __device__ __forceinline__ Score absent() { return -infinity<Score>(); }
@@ -101,11 +105,11 @@ struct LogSumExp {
     Score top = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const Score weight = kBeside ? weights[i] : Score(1);
+      const Score weight = kBeside ? weights[i] : Score(1), below = weight * exp_in_any_case(x[i] - sum.max);
       if (x[i] == sum.max) {
         top += weight;
       } else {
-        sum.rest += weight * BaseE::exp_in_sum(x[i] - sum.max);
+        sum.rest += below;
       }
     }
     sum.add_top(top);

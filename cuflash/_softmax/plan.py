@@ -15,10 +15,11 @@ from .problem import Problem
 # Times are of float32 on an H200, in microseconds, unless told otherwise.
 WARP = 32
 LEAST_THREADS = 128  # a block
+# The same where several rows share a warp or more. Softmax of 4000 x 63: 4.45; 4.67 with 128.
+WARPS_THREADS = 256
 # A block that holds a row in registers, and the 32-bit registers of it that a thread holds. Softmax
-# of 4000 x 32000: 253 with these, 264 with 256 threads, 329 with 16 registers. float64 wants more
-# registers besides; bfloat16, two to a register, 526 with 256 threads and 555 with 512 (4000 x
-# 128000; 574 with 256 in another run).
+# of 4000 x 32000: 253 with these, 264 with 256 threads, 329 with 16 registers. bfloat16, two to a
+# register, 526 with 256 threads and 555 with 512 (4000 x 128000; 574 with 256 in another run).
 MOST_THREADS, WIDE_THREADS = 512, 256
 TILE_REGISTERS = 32
 # Rows that are not held: threads of a block at most, bytes that a thread has under way, and single
@@ -164,10 +165,10 @@ def _rows_of_a_warp(problem: Problem, layout: Layout, gpu: Gpu, vector: int, loa
         per_row //= 2
     vectors = power_of_two(-(-loads // per_row))
     why = f"{per_row} thread{'s' if per_row > 1 else ''} a row"
-    units = -(-problem.rows // (LEAST_THREADS // per_row))
+    units = -(-problem.rows // (WARPS_THREADS // per_row))
     beside = ("kThreadsPerRow", per_row)
     held = not problem.reduces
-    return Sharing("rows", units, LEAST_THREADS, beside, vector, vectors, why, held=held)
+    return Sharing("rows", units, WARPS_THREADS, beside, vector, vectors, why, held=held)
 
 
 def _rows_of_a_block(problem: Problem, vector: int, loads: int) -> Sharing:
@@ -383,15 +384,16 @@ def _kernel(
 
 
 def _least_blocks(problem: Problem, layout: Layout, sharing: Sharing, gpu: Gpu) -> int:
-    """Blocks that a multiprocessor must have room for: 64 registers a thread, 128 for float64.
+    """Blocks that a multiprocessor must have room for: 64 registers a thread.
 
     One, which leaves it to the compiler, where that would spill: on sm_100 and later, and where
-    addresses or parts of vectors need registers of their own.
+    addresses, parts of vectors or doubles of several rows need registers of their own.
     """
-    plain = sharing.kernel == "columns" or (
-        _dense(layout, _walked(problem, layout)) and not sharing.ragged
-    )
-    return max(1, 1024 // words(problem) // sharing.threads) if plain and gpu.arch < 100 else 1
+    if sharing.kernel == "columns":
+        plain = words(problem) == 1
+    else:
+        plain = _dense(layout, _walked(problem, layout)) and not sharing.ragged
+    return max(1, 1024 // sharing.threads) if plain and gpu.arch < 100 else 1
 
 
 def _walked(problem: Problem, layout: Layout) -> list[Placement]:
@@ -449,7 +451,7 @@ def _tile(problem: Problem, vector: int) -> int:
 
 def _most_threads(problem: Problem, vector: int) -> int:
     """Threads of a block that holds a row."""
-    return WIDE_THREADS if words(problem) == 2 or _packed(problem, vector) else MOST_THREADS
+    return WIDE_THREADS if _packed(problem, vector) else MOST_THREADS
 
 
 def _packed(problem: Problem, vector: int) -> bool:

@@ -6,6 +6,7 @@
 //
 // Pairs count in base 2 unless told otherwise: callers fold log2(e) into their scale, because ex2 is one instruction. A softmax of
 // the caller's own scores has no scale to fold it into (rounding x * log2(e) at x = 1000 costs exp(x - m) ten bits): base e.
+#include "device/exp_double.cuh"
 #include "device/types.cuh"
 
 constexpr double kLog2E = 1.4426950408889634;
@@ -34,9 +35,10 @@ struct Base2 {
 struct BaseE {
   static __device__ __forceinline__ float exp(float x) { return expf(x); }
   static __device__ __forceinline__ double exp(double x) { return ::exp(x); }
-  // For terms of a sum of at least 1, x <= 0: its error grows with |x|, which there shrinks the term faster.
+  // For terms of a sum of at least 1, x <= 0. The error of floats grows with |x|, which there shrinks the term faster. Nothing is
+  // known of terms beside an infinite maximum.
   static __device__ __forceinline__ float exp_in_sum(float x) { return exp_2(x * float(kLog2E)); }
-  static __device__ __forceinline__ double exp_in_sum(double x) { return ::exp(x); }
+  static __device__ __forceinline__ double exp_in_sum(double x) { return exp_of_negative(x); }
   static __device__ __forceinline__ float log(float x) { return logf(x); }
   static __device__ __forceinline__ double log(double x) { return ::log(x); }
 

@@ -65,27 +65,11 @@ __device__ __forceinline__ int64 offset(const Params& params, int64 row, const i
 struct Chunk {
   Vector<uint32, 4> vectors[kVectors];
 
+  // Halves are widened anew each time: registers have no room for all of them widened.
   __device__ __forceinline__ Score operator[](int i) const {
-    return widen(reinterpret_cast<const Vector<Element, kVector>&>(vectors[i / kVector]).at[i % kVector]);
-  }
-
-  // The same where i is not known before. Registers have no addresses, and memory would answer only after other loads.
-  // By masks: of a choice, compilers make one of addresses.
-  __device__ __forceinline__ Score pick(int i) const {
-    Chunk picked;
-    picked.vectors[0] = {};
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const uint32 mask = i / kVector == v ? ~0u : 0;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) picked.vectors[0].at[w] |= vectors[v].at[w] & mask;
-    }
-    Score score = picked[0];
-#pragma unroll
-    for (int j = 1; j < kVector; ++j) {
-      if (i % kVector == j) score = picked[j];
-    }
-    return score;
+    auto words = vectors[i / kVector];
+    if (sizeof(Element) == 2) words.at[i % kVector / 2] = recomputed(words.at[i % kVector / 2]);
+    return widen(reinterpret_cast<const Vector<Element, kVector>&>(words).at[i % kVector]);
   }
 };
 
@@ -133,14 +117,7 @@ struct Row {
   // Of the element there. Elements of lower columns have higher ranks.
   __device__ __forceinline__ uint32 rank(int64 at, int place) const { return ~(uint32(at) + place - head); }
 
-  // The thread's items, a bit for each, whose ranks are at least this in the chunk at `at`.
-  __device__ __forceinline__ uint32 since(int64 at, uint32 rank) const {
-    const int64 away = int64(~rank) + head - at - place_of(0);
-    if (away < 0) return 0;
-    if (away >= kStep) return ~0u;
-    const int items = int(away) / kStride * kVector + min_of(int(away) % kStride + 1, kVector);
-    return ~0u >> (32 - items);
-  }
+  __device__ __forceinline__ Key key(int64 at, int place) const { return {order(widen(x[at + place])), rank(at, place)}; }
 
   // What the row does not have is -inf. Whole vectors come first, all at once; few threads have one in part.
   __device__ __forceinline__ void load(int64 at, Chunk& chunk) const {
@@ -207,13 +184,15 @@ struct Search {
   }
 
   // Raises the bound to what about k reach of the candidates and of the maxima of a chunk, of which the items in `bits`
-  // are no candidates yet. So a row in rising order has no more candidates than others.
-  __device__ __forceinline__ void raise(const Chunk& chunk, uint32 bits, int64 at) {
+  // are no candidates yet. So a row in rising order has no more candidates than others. At first all items are new, and
+  // ranks are left out: they cost more than ties, where they would help, are rare.
+  template <bool kFirst> __device__ __forceinline__ void raise(const Chunk& chunk, uint32 bits, int64 at) {
     const int held = min_of(candidates.held, kCapacity);
 #pragma unroll
     for (int j = 0; j < kMaxima; ++j) {
+      const int first = j * kUnit, end = (j + 1) * kUnit;
       candidates.keys[held + j * kThreadsPerRow + thread_of_row()] =
-          largest_of(chunk, bits, j * kUnit, (j + 1) * kUnit, at);
+          kFirst ? Key{order(largest(chunk, first, end)), 0} : largest_of(chunk, bits, first, end, at);
     }
     sync_row();  // all maxima are there
     const Key raised = candidates.threshold(held + kThreadsPerRow * kMaxima, k(), most());
@@ -231,64 +210,65 @@ struct Search {
     pair.sum += sums[0] + sums[1];
   }
 
-  // The items that may reach the bound, a bit for each: with those that compare to neither side. Equal ones may have
-  // come too late, and must have where none is larger.
-  __device__ __forceinline__ uint32 reaching(const Chunk& chunk, Order max, int64 at) const {
-    const uint32 wanted = max > bound.value ? ~0u : max == bound.value ? row.since(at, bound.rank) : 0;
-    if (wanted == 0) return 0;
+  // The items that may reach the bound, a bit for each: with those that compare to neither side, and equal ones.
+  __device__ __forceinline__ uint32 reaching(const Chunk& chunk) const {
     const Score score = score_of(bound.value);
     uint32 bits = 0;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) bits |= uint32(!(chunk[i] < score)) << i;
-    return bits & wanted;
+    return bits;
   }
 
-  // Appends those of the items that reach the bound. Returns those that there was no room for.
-  __device__ __forceinline__ uint32 append(const Chunk& chunk, uint32 bits, int64 at) {
+  // Appends those of the items that reach the bound, read again: they are few, and in the cache. Returns those that there
+  // was no room for.
+  __device__ __forceinline__ uint32 append(uint32 bits, int64 at) {
 #pragma unroll 1
     while (__any_sync(0xffffffff, bits != 0)) {
-      const int i = max_of(__ffs(bits) - 1, 0), place = place_of(i);
-      const Key key = {order(chunk.pick(i)), row.rank(at, place)};
-      const bool fits = candidates.append(key, bits != 0 && row.has(at, place) && key.reaches(bound));
+      const int place = place_of(max_of(__ffs(bits) - 1, 0));
+      const bool has = bits != 0 && row.has(at, place);
+      const Key key = has ? row.key(at, place) : Key{0, 0};
+      const bool fits = candidates.append(key, has && key.reaches(bound));
       if (fits) bits &= bits - 1;
       if (__any_sync(0xffffffff, !fits)) break;
     }
     return bits;
   }
 
-  // Appends what reaches the bound, which is raised at first and when there is no room. Returns once that is done, and
-  // behind the last chunk, where there is nothing to append, once all warps are done.
-  __device__ __forceinline__ void keep(const Chunk& chunk, Order max, int64 at, bool first) {
-    const bool last = at >= row.end;
-    uint32 bits = last ? 0 : ~0u;
-    bool meets = first && row.end - at > min_of(kFew, 4 * most());
+  // Appends what reaches the bound, which is raised when there is no room. Returns once that is done, and behind the last
+  // chunk, where there is nothing to append, once all warps are done. `chunk` is the next one, on its way.
+  __device__ __forceinline__ void keep(Chunk& chunk, uint32 bits, int64 at) {
+    bool lost = false;
 #pragma unroll 1
     for (;;) {
-      if (meets) raise(chunk, bits, at);
-      bits = append(chunk, bits & reaching(chunk, max, at), at);
+      bits = append(bits, at);
       const bool waits = __any_sync(0xffffffff, bits != 0);
-      if (!waits && !last) return;
+      if (!waits && at < row.end) break;
       // A barrier: all warps are here, and the keys are complete.
-      meets = any_in_row(waits);
-      if (!meets) return;
+      if (!any_in_row(waits)) break;
+      if (at < row.end) row.load(at, chunk);
+      lost = true;
+      raise<false>(chunk, bits, at);
+      bits &= reaching(chunk);
     }
+    if (lost && at + kStep < row.end) row.load(at + kStep, chunk);
   }
 
   // Leaves the k largest in the buffer, sorted.
   __device__ __forceinline__ void run() {
     Chunk chunk;
-    bool first = true;
+    row.load(row.start, chunk);
+    if (row.end - row.start > min_of(kFew, 4 * most())) raise<true>(chunk, ~0u, row.start);
 #pragma unroll 1
-    for (int64 at = row.start;; at += kStep, first = false) {
-      Score max = -infinity<Score>();
-      if (at < row.end) {
-        row.load(at, chunk);
-        max = largest(chunk, 0, kItems);
-        if constexpr (kSoftmax) add(chunk, max);
-      }
-      keep(chunk, order(max), at, first);
-      if (at >= row.end) break;
+    for (int64 at = row.start; at < row.end; at += kStep) {
+      const Score max = largest(chunk, 0, kItems);
+      if constexpr (kSoftmax) add(chunk, max);
+      // Of equal ones, all have come too late where the first has.
+      const Key best = {order(max), row.rank(at, row.low(at))};
+      const uint32 bits = best.reaches(bound) ? reaching(chunk) : 0;
+      if (at + kStep < row.end) row.load(at + kStep, chunk);
+      keep(chunk, bits, at);
     }
+    keep(chunk, 0, row.end);
     finish(candidates.held);
   }
 
@@ -335,7 +315,8 @@ __device__ __forceinline__ void write(const Params& params, const Row& row, cons
     if constexpr (kProbabilities) {
       value = narrow<Result>(BaseE::exp(score_of(key.value) - shift) * inverse);
     } else {
-      value = row.x[row.head + int64(column)];  // bit for bit: keys know neither -0 nor one NaN from another
+      // Bit for bit: keys know neither -0 nor one NaN from another.
+      value = reinterpret_cast<const Result*>(row.x)[row.head + int64(column)];
     }
     indices[kSlices ? j : j * params.indices_strides[kMaxAxes]] =
         kMerges ? params.columns_of[part.row * params.columns + column] : int64(column);

@@ -7,7 +7,7 @@ static_assert(kWarpPerRow || kThreadsPerRow == kThreads, "a row has a warp or a 
 
 constexpr int kWarps = kThreadsPerRow / 32;
 constexpr int kCounted = kWarpPerRow ? 32 : 128;  // keys that are sorted by counting, one by each thread
-constexpr int kFew = kWarpPerRow ? 64 : 128;      // keys that are sorted rather than searched for a bound
+constexpr int kFew = kWarpPerRow ? 64 : 128;      // keys that are sorted without a search for a bound before
 constexpr int kUnroll = kWarpPerRow ? 1 : 4;
 
 __device__ __forceinline__ int thread_of_row() { return threadIdx.x % kThreadsPerRow; }
@@ -128,8 +128,6 @@ struct Candidates {
   __device__ __forceinline__ void sort(int n) {
     if (n <= kCounted) {
       sort_by_counts(n);
-    } else if (n <= kFew) {
-      sort_in_warp(n);
     } else {
       sort_by_merges(n);
     }
@@ -149,44 +147,18 @@ struct Candidates {
     sync_row();  // the keys are complete
   }
 
-  // Bitonic merges of two neighbours from each thread of a warp.
-  __device__ __forceinline__ void sort_in_warp(int n) {
-    const int lane = threadIdx.x % 32;
-    const auto key_at = [&](int i) { return i < n ? keys[i] : Key{0, 0}; };
-    Key own[2] = {key_at(2 * lane), key_at(2 * lane + 1)};
-    sync_row();  // all have read what is overwritten now
-#pragma unroll
-    for (int size = 1; size <= 32; size *= 2) {
-      const bool falling = (lane & size) == 0;
-#pragma unroll
-      for (int stride = size / 2; stride > 0; stride /= 2) {
-        const bool larger = falling == ((lane & stride) == 0);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const Key other = own[e].of_lane(lane ^ stride);
-          if (own[e].reaches(other) != larger) own[e] = other;
-        }
-      }
-      if (own[0].reaches(own[1]) != falling) {
-        const Key first = own[0];
-        own[0] = own[1];
-        own[1] = first;
-      }
-    }
-    keys[2 * lane] = own[0];
-    keys[2 * lane + 1] = own[1];
-    sync_row();  // the keys are complete
-  }
-
-  // Bitonic merges in shared memory.
+  // Bitonic merges: of runs of 64 in the registers of a warp, then of runs in shared memory.
   __device__ __forceinline__ void sort_by_merges(int n) {
     const int thread = thread_of_row();
-    int padded = 1;
+    int padded = 64;
     while (padded < n) padded *= 2;
     for (int i = n + thread; i < padded; i += kThreadsPerRow) keys[i] = {0, 0};
     sync_row();  // all keys are there
 #pragma unroll 1
-    for (int size = 2; size <= padded; size *= 2) {
+    for (int run = thread / 32; run < padded / 64; run += kWarps) sort_run(run);
+    sync_row();  // all runs are sorted
+#pragma unroll 1
+    for (int size = 128; size <= padded; size *= 2) {
 #pragma unroll 1
       for (int stride = size / 2; stride > 0; stride /= 2) {
         for (int i = thread; i < padded / 2; i += kThreadsPerRow) {
@@ -201,5 +173,31 @@ struct Candidates {
         sync_row();  // before pairs of another stride
       }
     }
+  }
+
+  // Sorts 64 keys, of which each thread of a warp takes two neighbours: in falling order, or rising in every other run.
+  __device__ __forceinline__ void sort_run(int run) {
+    const int lane = threadIdx.x % 32, own_pair = 32 * run + lane;
+    Key own[2] = {keys[2 * own_pair], keys[2 * own_pair + 1]};
+#pragma unroll 1
+    for (int size = 1; size <= 32; size *= 2) {
+      const bool falling = (own_pair & size) == 0;
+#pragma unroll 1
+      for (int stride = size / 2; stride > 0; stride /= 2) {
+        const bool larger = falling == ((lane & stride) == 0);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const Key other = own[e].of_lane(lane ^ stride);
+          if (own[e].reaches(other) != larger) own[e] = other;
+        }
+      }
+      if (own[0].reaches(own[1]) != falling) {
+        const Key first = own[0];
+        own[0] = own[1];
+        own[1] = first;
+      }
+    }
+    keys[2 * own_pair] = own[0];
+    keys[2 * own_pair + 1] = own[1];
   }
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ WARP_ROW = 16 * 1024  # bytes of a row at most that a warp reads, where there ar
 WARP_ROW_ALONE = 2 * 1024  # the same where there are few rows
 SMALL_ROW = 32 * 1024  # bytes of a row for the smallest block
 ALONE_ROW = 256 * 1024  # bytes of a row that one block reads sooner than two launches
+PART_THREADS = 512  # of a multiprocessor for parts: there are no more of them than two blocks each
 SLICE = 16 * 1024  # bytes of a part at least
 ROUNDS = 16  # chunks whose candidates a buffer takes, if they are like the first
 WARP_KEYS = 512  # candidates and maxima of a warp at most
@@ -71,7 +73,9 @@ def choose(problem: Problem, axes: int, gpu: Gpu, copies: tuple[str, ...] = ()) 
     if parts == 1:
         sharing = share(problem, problem.rows, problem.columns, gpu)
         return Launches(_plan(problem, sharing, axes, 1, "whole", gpu, copies), None, 1)
-    sharing = block(problem, least(problem, 256), longest(problem, parts), gpu)
+    threads = least(problem, 256)
+    sharing = block(problem, threads, longest(problem, parts), gpu)
+    sharing = dataclasses.replace(sharing, blocks=PART_THREADS // threads)
     first = _plan(problem, sharing, axes, parts, "slices", gpu, copies)
     sharing = share(problem, problem.rows, parts * problem.k, gpu)
     return Launches(first, _plan(problem, sharing, axes, parts, "merges", gpu, ()), parts)
@@ -206,6 +210,6 @@ def _most_vectors(problem: Problem) -> int:
 
 def _resident(problem: Problem, vectors: int, gpu: Gpu) -> int:
     """Threads of a multiprocessor: 64 registers each, or 80 or 128 where that would spill."""
-    if gpu.arch < 90 or problem.dtype == "float64" or problem.k > 256:
+    if gpu.arch < 90 or gpu.arch >= 120 or problem.dtype == "float64" or problem.k > 256:
         return 512
     return 768 if vectors == _most_vectors(problem) else 1024

@@ -99,11 +99,23 @@ def test_the_host_knows_the_kernels_shared_memory_and_params(dtype: str) -> None
     """static_asserts appended to the kernel: the compiler itself compares."""
     from cuflash._attention import gpu as host
 
-    chosen = attention_plan.choose(problem(dtype, 64, 96), gpu.of_arch(90), dtype)
-    products = {"float16": "HalfProducts", "float32": "Tf32Products", "float64": "DoubleProducts"}
+    arch = 80
+    chosen = attention_plan.choose(problem(dtype, 64, 96), gpu.of_arch(arch), dtype)
+    products = {"float32": "Tf32Products", "float64": "DoubleProducts"}.get(dtype, "HalfProducts")
     size = host.params_dtype("float64" if dtype == "float64" else "float32").itemsize
     checks = (
-        f"static_assert(Shared<{products[dtype]}>::kBytes == {chosen.shared_memory});"
+        f"static_assert(Shared<{products}>::kBytes == {chosen.shared_memory});"
         f"static_assert(sizeof(Params) == {size});"
+    )
+    compile.cubin(chosen.kernel, arch, also=checks)
+
+
+def test_the_host_knows_the_hopper_kernels_shared_memory_and_params() -> None:
+    from cuflash._attention import gpu as host
+
+    chosen = attention_plan.choose(problem("float16", 64, 96), gpu.of_arch(90), "float16")
+    checks = (
+        f"static_assert(SharedMemory::kBytes == {chosen.shared_memory});"
+        f"static_assert(sizeof(HopperParams) == {host.hopper_dtype().itemsize});"
     )
     compile.cubin(chosen.kernel, 90, also=checks)

@@ -11,10 +11,11 @@ import numpy as np
 
 from .. import arrays
 from ..gpu_arrays import capturing
+from ..jit import compile
 from ..jit import gpu as gpus
 from ..jit.launch import Plan, launch
 from ..jit.strides import fold
-from . import plan
+from . import plan, tensor_maps
 from .problem import Operands, Problem, sum_dtype
 
 BATCH_AXES = 4  # kBatchAxes
@@ -41,6 +42,24 @@ def params_dtype(accumulator: str) -> np.dtype:
     return np.dtype(fields, align=True)
 
 
+_MAPPED = ("q", "k", "v")
+_UNUSED_STRIDE = 16  # of an axis that is not walked along
+
+
+def hopper_dtype() -> np.dtype:
+    """The struct HopperParams of forward_sm90.cu, whose size is a multiple of its alignment."""
+    params = params_dtype("float32")
+    begin = len(_MAPPED) * tensor_maps.MAP.itemsize
+    return np.dtype(
+        {
+            "names": [*_MAPPED, "params"],
+            "formats": [*[tensor_maps.MAP] * len(_MAPPED), params],
+            "offsets": [*range(0, begin, tensor_maps.MAP.itemsize), begin],
+            "itemsize": begin + -(-params.itemsize // 64) * 64,
+        }
+    )
+
+
 def divisor(length: int) -> tuple[int, int, int]:
     """What Divisor needs: n // length == n * magic >> shift for every n below 2**31."""
     shift = 31 + (length - 1).bit_length()
@@ -62,31 +81,72 @@ _MERGE = np.dtype(  # the struct Params of combine.cu
 _PER_BATCH_NAMES = ("q_start", "kv_lengths")
 _WORDS = (np.int32, np.int64)  # that kernels read
 _PARAMS = {name: params_dtype(name) for name in ("float32", "float64")}
+_HOPPER_PARAMS = hopper_dtype()
 
 
 def forward(problem: Problem, operands: Operands) -> None:
     """Fill ``operands.out`` and ``operands.lse``, on CuPy's current device and stream."""
     ready = in_place(operands)
     shape, strides = collapse(ready)
-    problem, chosen = planned(problem, operands, shape)
+    problem, chosen = planned(problem, operands, ready)
     if 0 in chosen.grid:
         return
     for index in np.ndindex(shape[:-BATCH_AXES]):  # more than one only where axes do not collapse
-        launch(chosen, params(problem, chosen, ready, strides, index))
+        filled = params(problem, chosen, ready, strides, index)
+        if chosen.kernel.exact:
+            filled = mapped(problem, chosen, ready, strides, filled)
+        launch(chosen, filled)
 
 
 def plans(problem: Problem, operands: Operands) -> list[Plan]:
     """The launches of `forward`, without launching."""
     shape, _ = collapse(operands)
-    return [planned(problem, operands, shape)[1]] * math.prod(shape[:-BATCH_AXES])
+    return [planned(problem, operands, operands)[1]] * math.prod(shape[:-BATCH_AXES])
 
 
-def planned(problem: Problem, operands: Operands, shape: tuple[int, ...]) -> tuple[Problem, Plan]:
-    """The part of a problem that is one launch, and its plan."""
+def planned(problem: Problem, operands: Operands, ready: Operands) -> tuple[Problem, Plan]:
+    """The part of a problem that is one launch, and its plan.
+
+    `ready` are the operands as the kernel will see them, or as they are where nobody will launch.
+    """
     out = operands.q if operands.given[0] is None else operands.given[0]
+    shape, strides = collapse(ready)
     problem = replace(problem, batch=shape[-BATCH_AXES:])
-    output = arrays.dtype_name(out.dtype)
-    return problem, plan.choose(problem, gpus.current(), output, copied(operands))
+    output, gpu = arrays.dtype_name(out.dtype), gpus.current()
+    against = obstacle(problem, ready, strides) if plan.uses_hopper(problem, gpu) else None
+    return problem, plan.choose(problem, gpu, output, copied(operands), against)
+
+
+def obstacle(
+    problem: Problem, operands: Operands, strides: dict[str, tuple[int, ...]]
+) -> str | None:
+    """What keeps Hopper's copy engine from reading the operands, if anything does."""
+    if not compile.takes_exact():
+        return "NVRTC is older than 12.9"
+    if any(length > 1 for length in problem.batch[:-2]):
+        return "the batch takes more than two strides"
+    for name in _MAPPED:
+        if name in copied(operands):
+            continue  # the copy will do
+        if not tensor_maps.fits(*axes(problem, getattr(operands, name), strides[name])):
+            return f"`{name}` is broadcast along its rows, or has strides that are negative"
+    return None
+
+
+def axes(
+    problem: Problem, array: cp.ndarray, batch: tuple[int, ...]
+) -> tuple[list[int], list[int]]:
+    """Sizes and strides in bytes of columns, rows, heads and two batch axes, the last one first.
+
+    Columns have no stride. Along an axis with a stride of 0 there is one place, where the kernel
+    stays; that of the rows is left as it is, for TMA has no such tiles.
+    """
+    lengths = *array.shape[-2:-4:-1], *problem.batch[:-3:-1]
+    steps = *array.strides[-2:-4:-1], *(array.itemsize * stride for stride in batch[:-3:-1])
+    rows, *others = lengths
+    sizes = [rows, *(length if step else 1 for length, step in zip(others, steps[1:]))]
+    strides = [step if size > 1 else _UNUSED_STRIDE for size, step in zip(sizes, steps)]
+    return [array.shape[-1], *sizes], strides
 
 
 def merge(outs: list[Any], lses: list[Any], out: cp.ndarray, lse: cp.ndarray) -> None:
@@ -242,6 +302,25 @@ def params(
     filled["len_q"], filled["len_k"] = problem.len_q, problem.len_k
     filled["head_dim"], filled["head_dim_v"] = problem.head_dim, problem.head_dim_v
     return filled
+
+
+def mapped(
+    problem: Problem,
+    chosen: Plan,
+    operands: Operands,
+    strides: dict[str, tuple[int, ...]],
+    filled: np.ndarray,
+) -> np.ndarray:
+    """The argument of forward_sm90.cu, from what the other kernels take."""
+    constants = dict(chosen.kernel.constants)
+    hopper = np.zeros((), _HOPPER_PARAMS)
+    hopper["params"] = filled
+    for name in _MAPPED:
+        sizes, steps = axes(problem, getattr(operands, name), strides[name])
+        rows = constants["kBlockM" if name == "q" else "kBlockN"]
+        address = int(filled[name]["data"])
+        hopper[name] = tensor_maps.encode(problem.dtype, address, sizes, steps, int(rows))
+    return hopper
 
 
 def folded(scale: float, dtype: np.dtype) -> tuple[float, int]:

@@ -65,6 +65,14 @@ class Engine:
     operand_bytes : int
         Of an element in shared memory; 0 where it is as in device memory.
     constants : tuple of (str, bool or str)
+    loaders : int
+        Warps of a block beside those that have rows.
+    box : int
+        Columns in shared memory are a multiple of this.
+    barriers : int
+        Bytes of shared memory behind the tiles.
+    exact : bool
+        As of a Kernel.
     """
 
     file: str
@@ -73,8 +81,25 @@ class Engine:
     rows_at_once: int = 16
     operand_bytes: int = 0
     constants: tuple[tuple[str, bool | str], ...] = ()
+    loaders: int = 0
+    box: int = 1
+    barriers: int = 0
+    exact: bool = False
 
 
+# One block a multiprocessor, whose loaders leave their registers to the others.
+_HOPPER = Engine(
+    "_attention/forward_sm90.cu",
+    (
+        (128, Tile(128, 128, 8, 2, 1)),
+        (192, Tile(128, 96, 8, 2, 1)),
+        (256, Tile(128, 64, 8, 2, 1)),
+    ),
+    loaders=4,
+    box=64,
+    barriers=256,
+    exact=True,
+)
 # Two 16-row blocks a warp halve what shared memory must deliver for each product; one, where O is
 # too wide for the registers. docs/kernel.rst has the measurements.
 _MMA = Engine(
@@ -146,7 +171,13 @@ _SIMT_DOUBLE = Engine(
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, gpu: Gpu, output: str, copies: tuple[str, ...] = ()) -> Plan:
+def choose(
+    problem: Problem,
+    gpu: Gpu,
+    output: str,
+    copies: tuple[str, ...] = (),
+    obstacle: str | None = None,
+) -> Plan:
     """Plan one launch.
 
     Parameters
@@ -157,14 +188,20 @@ def choose(problem: Problem, gpu: Gpu, output: str, copies: tuple[str, ...] = ()
         The dtype of ``out``.
     copies : tuple of str
         Operands that have to be copied first.
+    obstacle : str or None
+        What keeps Hopper's copy engine from reading the operands.
     """
-    engine, why = _engine(problem, gpu)
+    engine, why = _engine(problem, gpu, obstacle)
     return plan(problem, output, engine, _tile(engine, problem, gpu), why, copies)
 
 
-def _engine(problem: Problem, gpu: Gpu) -> tuple[Engine, str]:
+def _engine(problem: Problem, gpu: Gpu, obstacle: str | None) -> tuple[Engine, str]:
     """The engine, and the reason."""
     dtype, arch = problem.dtype, gpu.arch
+    if uses_hopper(problem, gpu):
+        if obstacle is None:
+            return _HOPPER, f"{dtype} on Hopper's own instructions"
+        return _MMA, f"{dtype} on the tensor cores; not Hopper's own instructions: {obstacle}"
     if dtype == "float16" or (dtype == "bfloat16" and arch >= 80):
         return _MMA, f"{dtype} on the tensor cores"
     if dtype == "bfloat16":
@@ -178,6 +215,11 @@ def _engine(problem: Problem, gpu: Gpu) -> tuple[Engine, str]:
     if arch in _TF32_ARCHS:
         return _TF32_SPLIT, "float32 as sums of two TF32 numbers, three products each"
     return _SIMT_FLOAT, "float32 on the FMA units: TF32 is no faster here"
+
+
+def uses_hopper(problem: Problem, gpu: Gpu) -> bool:
+    """Whether wgmma and TMA are for such a problem, if nothing about its operands is against it."""
+    return gpu.arch == 90 and not gpu.forced and problem.dtype in ("float16", "bfloat16")
 
 
 def head_dims(problem: Problem, tile: Tile) -> tuple[int, int]:
@@ -202,10 +244,10 @@ def _tile(engine: Engine, problem: Problem, gpu: Gpu) -> Tile:
 
 
 def shared_memory(engine: Engine, problem: Problem, tile: Tile) -> int:
-    """Bytes a block: Q, then each stage's K and V."""
+    """Bytes a block: Q, then each stage's K and V, then barriers."""
     size = engine.operand_bytes or BYTES[problem.dtype]
-    d, d_v = head_dims(problem, tile)
-    return size * (tile.queries * d + tile.stages * tile.keys * (d + d_v))
+    d, d_v = (-(-dim // engine.box) * engine.box for dim in head_dims(problem, tile))
+    return size * (tile.queries * d + tile.stages * tile.keys * (d + d_v)) + engine.barriers
 
 
 def plan(
@@ -236,9 +278,14 @@ def plan(
         engine.rows: tile.queries // tile.warps // engine.rows_at_once,
     }
     return Plan(
-        kernel=Kernel(engine.file, "attention_forward", (*constants.items(), *engine.constants)),
+        kernel=Kernel(
+            engine.file,
+            "attention_forward",
+            (*constants.items(), *engine.constants),
+            exact=engine.exact,
+        ),
         grid=(blocks, 1, 1),
-        threads=32 * tile.warps,
+        threads=32 * (tile.warps + engine.loaders),
         shared_memory=shared_memory(engine, problem, tile),
         bytes=traffic(problem, output),
         operations=2 * (problem.head_dim + problem.head_dim_v) * visible(problem) * pairs,

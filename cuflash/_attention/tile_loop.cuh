@@ -202,6 +202,12 @@ template <typename Products> struct Rows {
   // S becomes P = 2^(scale S - m). The reference m follows the row's maximum only when it falls behind by kSlack: any m gives the same
   // softmax, and its rows do not depend on one another.
   __device__ __forceinline__ void softmax(T scale) {
+    follow(scale, [] {});
+    exponentiate<0, Products::kScores>(scale);
+  }
+
+  // Raises m where it has fallen behind. O is rescaled then, once `settle` has seen to it that nobody writes to it.
+  template <typename Settle> __device__ __forceinline__ void follow(T scale, Settle settle) {
     T highest[Products::kRows];
     bool behind = false;
 #pragma unroll
@@ -211,15 +217,9 @@ template <typename Products> struct Rows {
       for (int c = 1; c < Products::kScores; ++c) highest[r] = max_of(s[r][c], highest[r]);  // a NaN score is passed over
       behind |= highest[r] * scale > pair[r].max + kSlack;
     }
-    if (__any_sync(0xffffffffu, behind)) raise(highest, scale);
-#pragma unroll
-    for (int r = 0; r < Products::kRows; ++r) {
-      const T reference = finite_reference(pair[r].max);
-#pragma unroll
-      for (int c = 0; c < Products::kScores; ++c) {
-        s[r][c] = exp_2(s[r][c] * scale - reference);
-        pair[r].sum += s[r][c];
-      }
+    if (__any_sync(0xffffffffu, behind)) {
+      settle();
+      raise(highest, scale);
     }
   }
 
@@ -230,6 +230,19 @@ template <typename Products> struct Rows {
       const T factor = score > pair[r].max + kSlack ? pair[r].raise(score) : T(1);
 #pragma unroll
       for (int c = 0; c < Products::kOutputs; ++c) o[r][c] *= factor;
+    }
+  }
+
+  // P of the scores kFirst to kEnd - 1 of each row, and their sum.
+  template <int kFirst, int kEnd> __device__ __forceinline__ void exponentiate(T scale) {
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      const T reference = finite_reference(pair[r].max);
+#pragma unroll
+      for (int c = kFirst; c < kEnd; ++c) {
+        s[r][c] = exp_2(s[r][c] * scale - reference);
+        pair[r].sum += s[r][c];
+      }
     }
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tempfile
 import threading
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # CuPy appends the same two to every compilation of its own.
 _OPTIONS = ("--std=c++17", "-ftz=true")
+_FIRST_EXACT = 12, 9  # NVRTC
 _STATIC_LIMIT = 48 * 1024  # bytes of shared memory a kernel gets without asking
 
 _kernels: dict[tuple[Kernel, Gpu, int, int], cupy.RawKernel] = {}
@@ -53,7 +55,9 @@ def _load(kernel: Kernel, gpu: Gpu, shared_memory: int) -> cupy.RawKernel:
     if gpu.forced:
         module = _load_as_older(kernel, gpu.arch)
     else:
-        module = cupy.RawModule(code=source.text(kernel))
+        # CuPy appends an -arch without the letter; NVRTC 12.9 and later heed the letter.
+        options = (f"-arch={_target(kernel, gpu.arch)}",) if kernel.exact else ()
+        module = cupy.RawModule(code=source.text(kernel), options=options)
     loaded = module.get_function(kernel.entry)
     if shared_memory > _STATIC_LIMIT:
         loaded.max_dynamic_shared_size_bytes = shared_memory
@@ -76,6 +80,19 @@ def _load_as_older(kernel: Kernel, arch: int) -> cupy.RawModule:
     return module
 
 
+def _target(kernel: Kernel, arch: int) -> str:
+    return f"sm_{arch}a" if kernel.exact else f"sm_{arch}"
+
+
+@functools.cache
+def takes_exact() -> bool:
+    """Whether the installed NVRTC compiles kernels for one architecture exactly, by CuPy's way."""
+    from cupy.cuda import nvrtc
+
+    _open_nvrtc()
+    return bool(nvrtc.getVersion() >= _FIRST_EXACT)
+
+
 @dataclass(frozen=True)
 class Cubin:
     """What the assembler of one architecture reported."""
@@ -92,7 +109,9 @@ def cubin(kernel: Kernel, arch: int, also: str = "") -> Cubin:
     `also` is put behind the source: a test's static_assert, for one.
     """
     # NVRTC keeps a cache of its own, and a hit reports nothing.
-    _, log = _nvrtc(kernel, f"-arch=sm_{arch}", "--ptxas-options=-v", "--no-cache", also=also)
+    _, log = _nvrtc(
+        kernel, f"-arch={_target(kernel, arch)}", "--ptxas-options=-v", "--no-cache", also=also
+    )
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
         raise RuntimeError(f"NVRTC reported no register count for {kernel}:\n{log}")

@@ -24,11 +24,14 @@ class Kernel:
         Name of the file's one ``extern "C"`` kernel. It takes one struct, ``Params``, by value.
     constants : tuple of (str, bool | int | str)
         Declared in front of the source: integers and booleans as ``constexpr``, strings as types.
+    exact : bool
+        Compiled for one architecture and no later one: sm_90a, not sm_90.
     """
 
     file: str
     entry: str
     constants: tuple[tuple[str, Constant], ...] = ()
+    exact: bool = False
 
     def __str__(self) -> str:
         values = ", ".join(f"{name}={value}" for name, value in self.constants)

@@ -1,14 +1,15 @@
 // FlashAttention forward for float16 and bfloat16 on Hopper: one warpgroup has tiles brought by TMA, two others multiply them by wgmma.
 //
-//   for each tile of kBlockM queries (a thread block), by warpgroups of 64 rows:    Shah et al., "FlashAttention-3", Algorithm 2
-//     S = Q K[0]^T;  P = online softmax of S
-//     for each tile j of kBlockN keys from the second on:
+//   for each tile of kBlockM queries, by warpgroups of 64 rows:                    Shah et al., "FlashAttention-3", Algorithm 2
+//     for each tile j of kBlockN keys:
 //       S = Q K[j]^T  and  O += P V[j - 1]  are started
 //       P = online softmax of S, while the second product, and the other warpgroup's, are under way
-//     O += P V[last]
 //
-// Keys go from the last to the first, so that tiles with masks come first. Constants: those of tile_loop.cuh, where kThreads are those
-// that multiply.
+// A block goes through several query tiles as through one sequence: the last product of one is started with the first of the next, and
+// is stored while other products are under way. Keys go from the last to the first, so that tiles with masks come first.
+//
+// Constants: those of tile_loop.cuh, where kThreads are those that multiply, and
+//   kQStages   query tiles in shared memory at a time
 #include "_attention/mma_layout.cuh"
 #include "_attention/tile_loop.cuh"
 #include "device/tma.cuh"
@@ -37,24 +38,34 @@ using QTile = BoxedTile<kBlockM, kHeadDim>;
 using KTile = BoxedTile<kBlockN, kHeadDim>;
 using VTile = BoxedTile<kBlockN, kHeadDimV>;
 
+// The block goes to and fro over the query tiles, which come with those that see most keys first: so all blocks have as much to do.
+struct Job {
+  int round = 0;
+
+  __device__ __forceinline__ int number() const {
+    const int block = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    return round * int(gridDim.x) + block;
+  }
+};
+
 struct SharedMemory {
-  static constexpr int kQ = 0, kK = QTile::kBytes, kV = kK + kStages * KTile::kBytes, kBarriers = kV + kStages * VTile::kBytes;
+  static constexpr int kQ = 0, kK = kQStages * QTile::kBytes, kV = kK + kStages * KTile::kBytes;
+  static constexpr int kBarriers = kV + kStages * VTile::kBytes, kBytes = kBarriers + 256;
 
   struct Barriers {
-    Barrier q_full, k_full[kStages], v_full[kStages], k_empty[kStages], v_empty[kStages], v_raw;
+    Barrier q_full[kQStages], q_empty[kQStages], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_raw;
   };
-  static constexpr int kBytes = kBarriers + 256;
-  static_assert(sizeof(Barriers) <= 256, "barriers have room");
+  static_assert(sizeof(Barriers) <= kBytes - kBarriers, "barriers have room");
 
   uint32 base;
   Barriers& barriers;
 
-  __device__ __forceinline__ uint32 q() const { return base + kQ; }
+  __device__ __forceinline__ uint32 q(int turn) const { return base + kQ + turn % kQStages * QTile::kBytes; }
   __device__ __forceinline__ uint32 k(int turn) const { return base + kK + turn % kStages * KTile::kBytes; }
   __device__ __forceinline__ uint32 v(int turn) const { return base + kV + turn % kStages * VTile::kBytes; }
 };
 
-// The key tiles of a block, in the order of their turns.
+// The key tiles of a query tile, in the order of their turns.
 struct KeyTiles {
   int first, count;
 
@@ -66,72 +77,72 @@ struct KeyTiles {
   __device__ __forceinline__ int key(int turn) const { return (first + count - 1 - turn) * kBlockN; }
 };
 
-// What a turn's stage has been used for before.
-__device__ __forceinline__ int phase(int turn) { return turn / kStages; }
-
+// A warp that has all tiles brought, each as soon as its place is free. Turns count through all query tiles.
 struct Loader {
   const HopperParams& hopper;
-  const BlockIndex& index;
-  const KeyInterval& keys;
   SharedMemory smem;
+  int q_turn = 0, turn = 0, raw_turn = 0;
 
-  // A warp brings the block's tiles.
-  __device__ __forceinline__ void run() const {
-    const KeyTiles tiles(keys);
-    if (tiles.count == 0) return;
-    const Params& params = hopper.params;
-    bring_tile<QTile>(smem.q(), hopper.q, params.q, smem.barriers.q_full, index.tile * kBlockM, index.head);
-    bring_k(tiles, 0);
+  __device__ __forceinline__ void run(int jobs) {
+    for (Job job; job.number() < jobs; ++job.round) {
+      const BlockIndex index(hopper.params, job.number());
+      const KeyInterval keys(hopper.params, index);
+      const KeyTiles tiles(keys);
+      if (tiles.count == 0) continue;
+      int kv_head = index.head;
+      hopper.params.group.take(kv_head);
+      bring_q(index);
+      bring_k(index, kv_head, tiles.key(0), turn);
 #pragma unroll 1
-    for (int turn = 0; turn < tiles.count; ++turn) {
-      if (turn + 1 < tiles.count) bring_k(tiles, turn + 1);
-      bring_v(tiles, turn);
-    }
-  }
-
-  __device__ __forceinline__ int kv_head() const {
-    int head = index.head;
-    hopper.params.group.take(head);
-    return head;
-  }
-
-  __device__ __forceinline__ void bring_k(const KeyTiles& tiles, int turn) const {
-    smem.barriers.k_empty[turn % kStages].wait(phase(turn) - 1);
-    bring_tile<KTile>(smem.k(turn), hopper.k, hopper.params.k, smem.barriers.k_full[turn % kStages], tiles.key(turn), kv_head());
-  }
-
-  // Of V, keys that no row may see become 0: 0 times what lies there may be NaN.
-  __device__ __forceinline__ void bring_v(const KeyTiles& tiles, int turn) const {
-    auto& barriers = smem.barriers;
-    const int key = tiles.key(turn), begin = keys.begin() - key, end = keys.end() - key;
-    const bool whole = begin <= 0 && (end >= kBlockN || end + key >= hopper.params.len_k);
-    barriers.v_empty[turn % kStages].wait(phase(turn) - 1);
-    Barrier& full = barriers.v_full[turn % kStages];
-    bring_tile<VTile>(smem.v(turn), hopper.v, hopper.params.v, whole ? full : barriers.v_raw, key, kv_head());
-    if (whole) return;
-    // At most the first and the last turn come here.
-    barriers.v_raw.wait(turn == 0 ? 0 : int(raw_before(tiles)));
-    for (int row = 0; row < kBlockN; ++row) {
-      if (begin <= row && row < end) continue;
-      for (int part = threadIdx.x % 32; part < VTile::kBoxes * kBox / 2; part += 32) {
-        const uint32 at = smem.v(turn) + part / 32 * VTile::kBoxBytes + row * 2 * kBox + part % 32 * 4;
-        asm volatile("st.shared.b32 [%0], 0;" ::"r"(at) : "memory");
+      for (int i = 0; i < tiles.count; ++i, ++turn) {
+        if (i + 1 < tiles.count) bring_k(index, kv_head, tiles.key(i + 1), turn + 1);
+        bring_v(index, kv_head, keys, tiles.key(i));
       }
     }
+  }
+
+  __device__ __forceinline__ void bring_q(const BlockIndex& index) {
+    const int stage = q_turn % kQStages;
+    smem.barriers.q_empty[stage].wait(q_turn / kQStages - 1);
+    bring_tile<QTile>(smem.q(q_turn), hopper.q, hopper.params.q, smem.barriers.q_full[stage], index.tile * kBlockM, index.head, index);
+    ++q_turn;
+  }
+
+  __device__ __forceinline__ void bring_k(const BlockIndex& index, int kv_head, int key, int turn) {
+    const int stage = turn % kStages;
+    smem.barriers.k_empty[stage].wait(turn / kStages - 1);
+    bring_tile<KTile>(smem.k(turn), hopper.k, hopper.params.k, smem.barriers.k_full[stage], key, kv_head, index);
+  }
+
+  // Of V, keys that no row may see become 0: 0 times what lies there may be NaN. At most the first and the last tile have some.
+  __device__ __forceinline__ void bring_v(const BlockIndex& index, int kv_head, const KeyInterval& keys, int key) {
+    const int stage = turn % kStages, begin = keys.begin() - key, end = keys.end() - key;
+    const bool whole = begin <= 0 && (end >= kBlockN || end + key >= hopper.params.len_k);
+    Barrier &full = smem.barriers.v_full[stage], &raw = smem.barriers.v_raw;
+    smem.barriers.v_empty[stage].wait(turn / kStages - 1);
+    bring_tile<VTile>(smem.v(turn), hopper.v, hopper.params.v, whole ? full : raw, key, kv_head, index);
+    if (whole) return;
+    raw.wait(raw_turn++);
+#pragma unroll 1
+    for (int row = 0; row < kBlockN; ++row) {
+      if (row < begin || row >= end) clear_row(smem.v(turn), row);
+    }
     show_written();
-    __syncwarp();
+    __syncwarp();  // all have cleared theirs
     if (threadIdx.x % 32 == 0) full.arrive();
   }
 
-  // Whether turn 0 had to be cleaned as well.
-  __device__ __forceinline__ bool raw_before(const KeyTiles& tiles) const {
-    const int key = tiles.key(0), end = keys.end() - key;
-    return keys.begin() > key || !(end >= kBlockN || end + key >= hopper.params.len_k);
+  static __device__ __forceinline__ void clear_row(uint32 v_smem, int row) {
+#pragma unroll
+    for (int box = 0; box < VTile::kBoxes; ++box) {
+      const uint32 at = v_smem + box * VTile::kBoxBytes + row * 2 * kBox + threadIdx.x % 32 * 4;
+      asm volatile("st.shared.b32 [%0], 0;" ::"r"(at) : "memory");
+    }
   }
 
   template <typename Tile, typename T>
-  __device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, const Strided<T>& array, Barrier& barrier, int row,
-                                             int head) const {
+  static __device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, const Strided<T>& array, Barrier& barrier, int row,
+                                                    int head, const BlockIndex& index) {
     if (threadIdx.x % 32 != 0) return;
     // Along a broadcast axis the array has one place.
     const auto place = [](int at, int64 stride) { return stride == 0 ? 0 : at; };
@@ -151,17 +162,81 @@ struct HopperProducts : MmaLayout {
   using Outputs = Products64<Element, kHeadDimV>;
 
   static __device__ __forceinline__ void start_scores(T (&s)[kRows][kScores], uint32 q_smem, uint32 k_smem) {
-    const uint64 q = matrix(q_smem + threadIdx.x / 128 * 64 * 2 * kBox, 0), k = matrix(k_smem, 0);
+    const uint64 q = matrix(q_smem, 0), k = matrix(k_smem, 0);
     products_begin();
 #pragma unroll
     for (int d = 0; d < kHeadDim; d += 16) Scores::shared(s, q + QTile::along(d) / 16, k + KTile::along(d) / 16, d > 0);
     products_end();
   }
 
-  // P stays in registers: two neighbouring blocks of 8 columns of S are, rounded and paired, one A fragment.
-  static __device__ __forceinline__ void pair_up(uint32 (&p)[kBlockN / 16][4], const T (&s)[kRows][kScores], int first, int end) {
+  // O is overwritten by the first product of a query tile.
+  static __device__ __forceinline__ void start_outputs(T (&o)[kRows][kOutputs], const uint32 (&p)[kBlockN / 16][4], uint32 v_smem,
+                                                       bool adds) {
+    const uint64 v = matrix(v_smem, VTile::kBoxBytes);
+    products_begin();
 #pragma unroll
-    for (int k = first; k < end; ++k) {
+    for (int k = 0; k < kBlockN / 16; ++k) Outputs::registers(o, p[k], v + k * 16 * 2 * kBox / 16, k > 0 || adds);
+    products_end();
+  }
+};
+
+// The 64 rows of a warpgroup, and P of the key tile before.
+struct HopperRows : Rows<HopperProducts> {
+  using Products = HopperProducts;
+  static constexpr int kSteps = kBlockN / 16;
+  uint32 p[kSteps][4];
+
+  // The largest of each row's scores in this thread. In two chains, for one would wait for itself.
+  __device__ __forceinline__ void find_highest(T (&highest)[Products::kRows]) const {
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      T chains[2] = {s[r][0], s[r][1]};
+#pragma unroll
+      for (int c = 2; c < Products::kScores; ++c) chains[c % 2] = max_of(s[r][c], chains[c % 2]);  // a NaN score is passed over
+      highest[r] = max_of(chains[0], chains[1]);
+    }
+  }
+
+  // The references of a new query tile. O is not looked at: it is still the one before's.
+  __device__ __forceinline__ void begin(T scale) {
+    T highest[Products::kRows];
+    find_highest(highest);
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      pair[r] = {scale * across_row<Products::kRowLanes>(highest[r], [](T a, T b) { return max_of(a, b); }), T(0)};
+    }
+  }
+
+  // Raises references that scores exceed by more than kSlack. O is rescaled then, once `settle` has it complete.
+  template <typename Settle> __device__ __forceinline__ void follow(T scale, Settle settle) {
+    T highest[Products::kRows];
+    find_highest(highest);
+    bool behind = false;
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) behind |= highest[r] * scale > pair[r].max + kSlack;
+    if (__any_sync(0xffffffffu, behind)) {
+      settle();
+      raise(highest, scale);
+    }
+  }
+
+  // P of some of the 16-key steps, its sum, and P as A fragments: two neighbouring blocks of 8 columns, rounded and paired, are one.
+  template <int kFirst, int kEnd> __device__ __forceinline__ void exponentiate(T scale) {
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      const T reference = finite_reference(pair[r].max);
+      T sums[2] = {0, 0};
+#pragma unroll
+      for (int c = 4 * kFirst; c < 4 * kEnd; ++c) {
+        s[r][c] = exp_2(s[r][c] * scale - reference);
+        sums[c % 2] += s[r][c];
+      }
+      pair[r].sum += sums[0] + sums[1];
+    }
+  }
+  template <int kFirst, int kEnd> __device__ __forceinline__ void pair_up() {
+#pragma unroll
+    for (int k = kFirst; k < kEnd; ++k) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int c = 4 * k + i / 2 * 2;
@@ -169,81 +244,119 @@ struct HopperProducts : MmaLayout {
       }
     }
   }
-
-  static __device__ __forceinline__ void start_outputs(T (&o)[kRows][kOutputs], const uint32 (&p)[kBlockN / 16][4], uint32 v_smem) {
-    const uint64 v = matrix(v_smem, VTile::kBoxBytes);
-    products_begin();
-#pragma unroll
-    for (int k = 0; k < kBlockN / 16; ++k) Outputs::registers(o, p[k], v + k * 16 * 2 * kBox / 16);
-    products_end();
-  }
 };
 
-// Two warpgroups, each with 64 rows.
+// A warpgroup, which has 64 rows of every query tile.
 struct Multiplier {
   using Products = HopperProducts;
-  static constexpr int kHalf = kBlockN / 32;  // of the 16-key steps of P
+  static constexpr int kSteps = HopperRows::kSteps, kHalf = kSteps / 2;
 
   const Params& params;
-  const KeyInterval& keys;
   SharedMemory smem;
-  Rows<Products> rows;
-  uint32 p[kBlockN / 16][4];
+  int jobs, group;  // group: which of the warpgroups
+  HopperRows rows;
+  Job job;
+  int q_turn = -1, turn = 0;  // the newest that have been started
 
   __device__ __forceinline__ bool leads() const { return threadIdx.x % 128 == 0; }
 
-  __device__ __forceinline__ void run() {
-    rows.start();
-    const KeyTiles tiles(keys);
-    if (tiles.count == 0) return rows.finish(params);
-    smem.barriers.q_full.wait(0);
-    start_scores(0);
-    products_wait<0>();
-    have_scores(tiles, 0);
-    rows.follow(params.scale_log2, [] {});
-    rows.template exponentiate<0, Products::kScores>(params.scale_log2);
-    Products::pair_up(p, rows.s, 0, kBlockN / 16);
-#pragma unroll 1
-    for (int turn = 1; turn < tiles.count; ++turn) {
-      start_scores(turn);
-      start_outputs(turn - 1);
-      products_wait<1>();
-      have_scores(tiles, turn);
-      rows.follow(params.scale_log2, [&] { have_outputs(); });
-      rows.template exponentiate<0, 4 * kHalf>(params.scale_log2);
-      stay_here(rows.pair[0].sum + rows.pair[1].sum);
-      have_outputs();
-      if (leads()) smem.barriers.v_empty[(turn - 1) % kStages].arrive();
-      Products::pair_up(p, rows.s, 0, kHalf);
-      rows.template exponentiate<4 * kHalf, Products::kScores>(params.scale_log2);
-      Products::pair_up(p, rows.s, kHalf, kBlockN / 16);
+  // Goes on to the next query tile that sees a key. Those that see none are done with here.
+  __device__ __forceinline__ bool next_job() {
+    for (; job.number() < jobs; ++job.round) {
+      const BlockIndex index(params, job.number());
+      if (KeyTiles(KeyInterval(params, index)).count > 0) return true;
+      Rows<Products> none;
+      none.start();
+      none.finish(params, index, none.pair);
     }
-    start_outputs(tiles.count - 1);
-    have_outputs();
-    rows.finish(params);
+    return false;
   }
 
-  __device__ __forceinline__ void start_scores(int turn) {
-    smem.barriers.k_full[turn % kStages].wait(phase(turn));
-    Products::start_scores(rows.s, smem.q(), smem.k(turn));
+  __device__ __forceinline__ void run() {
+    if (!next_job()) return;
+    KeyInterval keys(params, BlockIndex(params, job.number()));
+    start_scores(++q_turn);
+    products_wait<0>();
+    have_scores(keys, 0);
+    rows.begin(params.scale_log2);
+    rows.exponentiate<0, kSteps>(params.scale_log2);
+    rows.pair_up<0, kSteps>();
+#pragma unroll 1
+    for (;;) {
+      const int count = KeyTiles(keys).count;
+#pragma unroll 1
+      for (int i = 1; i < count; ++i) {
+        ++turn;
+        start_scores(q_turn);
+        start_outputs(turn - 1, i > 1);
+        products_wait<1>();
+        have_scores(keys, i);
+        if (i + 1 < count) wait_for_k(turn + 1);  // before the exponentials, so that the product after them starts at once
+        rows.follow(params.scale_log2, [&] { have_outputs(); });
+        rows.exponentiate<0, kHalf>(params.scale_log2);
+        stay_here(rows.pair[0].sum + rows.pair[1].sum);
+        have_outputs();
+        release_v(turn - 1);
+        rows.pair_up<0, kHalf>();
+        rows.exponentiate<kHalf, kSteps>(params.scale_log2);
+        rows.pair_up<kHalf, kSteps>();
+      }
+      if (leads()) smem.barriers.q_empty[q_turn % kQStages].arrive();
+      const int done = job.number();
+      RunningPair<float> sums[2] = {rows.pair[0], rows.pair[1]};
+      ++job.round;
+      const bool more = next_job();
+      if (more) {
+        keys = KeyInterval(params, BlockIndex(params, job.number()));
+        ++turn;
+        start_scores(++q_turn);
+        start_outputs(turn - 1, count > 1);
+        products_wait<1>();
+        have_scores(keys, 0);
+        rows.begin(params.scale_log2);
+        rows.exponentiate<0, kSteps>(params.scale_log2);
+        stay_here(rows.pair[0].sum + rows.pair[1].sum);
+        have_outputs();
+        release_v(turn - 1);
+        rows.pair_up<0, kSteps>();
+      } else {
+        start_outputs(turn, count > 1);
+        have_outputs();
+      }
+      rows.finish(params, BlockIndex(params, done), sums);
+      if (!more) return;
+    }
   }
 
-  __device__ __forceinline__ void start_outputs(int turn) {
-    smem.barriers.v_full[turn % kStages].wait(phase(turn));
-    Products::start_outputs(rows.o, p, smem.v(turn));
+  __device__ __forceinline__ void start_scores(int q_turn) {
+    smem.barriers.q_full[q_turn % kQStages].wait(q_turn / kQStages);
+    wait_for_k(turn);
+    Products::start_scores(rows.s, smem.q(q_turn) + group * 64 * 2 * kBox, smem.k(turn));
   }
 
-  // S is there; rows see of it what they may.
-  __device__ __forceinline__ void have_scores(const KeyTiles& tiles, int turn) {
+  __device__ __forceinline__ void start_outputs(int turn, bool adds) {
+    smem.barriers.v_full[turn % kStages].wait(turn / kStages);
+    Products::start_outputs(rows.o, rows.p, smem.v(turn), adds);
+  }
+
+  __device__ __forceinline__ void wait_for_k(int turn) { smem.barriers.k_full[turn % kStages].wait(turn / kStages); }
+
+  // S of key tile i is there; rows see of it what they may.
+  __device__ __forceinline__ void have_scores(const KeyInterval& keys, int i) {
     Products::Scores::settle(rows.s);
     if (leads()) smem.barriers.k_empty[turn % kStages].arrive();
     if (params.factor != 1) rows.multiply_scores(params.factor);
-    if (keys.template place<Products::kWarpRows>(tiles.key(turn)) != Place::kInside) rows.mask(keys, tiles.key(turn));
+    const int key = KeyTiles(keys).key(i);
+    if (keys.template place<Products::kWarpRows>(key) != Place::kInside) rows.mask(keys, key);
   }
 
   __device__ __forceinline__ void have_outputs() {
     products_wait<0>();
     Products::Outputs::settle(rows.o);
+  }
+
+  __device__ __forceinline__ void release_v(int turn) {
+    if (leads()) smem.barriers.v_empty[turn % kStages].arrive();
   }
 
   // Keeps the compiler from waiting before it has computed this: for a store that never happens, sums being positive.
@@ -259,24 +372,28 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
   auto& barriers = *reinterpret_cast<SharedMemory::Barriers*>(shared + SharedMemory::kBarriers);
   const SharedMemory smem = {shared_address(shared), barriers};
   if (threadIdx.x == 0) {
-    barriers.q_full.init(1);
+    constexpr int kGroups = kThreads / 128;
     barriers.v_raw.init(1);
+    for (int stage = 0; stage < kQStages; ++stage) {
+      barriers.q_full[stage].init(1);
+      barriers.q_empty[stage].init(kGroups);
+    }
     for (int stage = 0; stage < kStages; ++stage) {
       barriers.k_full[stage].init(1);
       barriers.v_full[stage].init(1);
-      barriers.k_empty[stage].init(kThreads / 128);
-      barriers.v_empty[stage].init(kThreads / 128);
+      barriers.k_empty[stage].init(kGroups);
+      barriers.v_empty[stage].init(kGroups);
     }
     barriers_made();
   }
   __syncthreads();  // barriers are there
-  const BlockIndex index(hopper.params);
-  const KeyInterval keys(hopper.params, index);
+  const Params& params = hopper.params;
+  const int jobs = ((params.sweeps - 1) * params.sweep.length + params.last_sweep.length) * ((params.len_q - 1) / kBlockM + 1);
   if (threadIdx.x >= kThreads) {
     keep_registers<40>();
-    if (threadIdx.x < kThreads + 32) Loader{hopper, index, keys, smem}.run();
+    if (threadIdx.x < kThreads + 32) Loader{hopper, smem}.run(jobs);
   } else {
     take_registers<232>();
-    Multiplier{hopper.params, keys, smem}.run();
+    Multiplier{params, smem, jobs, __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0)}.run();
   }
 }

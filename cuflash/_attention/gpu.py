@@ -146,7 +146,7 @@ def axes(
     rows, *others = lengths
     sizes = [rows, *(length if step else 1 for length, step in zip(others, steps[1:]))]
     strides = [step if size > 1 else _UNUSED_STRIDE for size, step in zip(sizes, steps)]
-    return [array.shape[-1], *sizes], strides
+    return [max(1, size) for size in (array.shape[-1], *sizes)], strides
 
 
 def merge(outs: list[Any], lses: list[Any], out: cp.ndarray, lse: cp.ndarray) -> None:

@@ -39,6 +39,8 @@ class Tile:
         Columns of V, and of the output, that a block works on: what its registers can hold.
     since : int
         The oldest architecture on which the registers hold it without spilling.
+    query_stages : int
+        Query tiles in shared memory at a time.
     """
 
     queries: int
@@ -48,6 +50,7 @@ class Tile:
     blocks: int
     columns: int = 256
     since: int = 75
+    query_stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Engine:
         Columns in shared memory are a multiple of this.
     barriers : int
         Bytes of shared memory behind the tiles.
+    persistent : bool
+        Blocks, one for each place on the GPU, go through all query tiles.
     exact : bool
         As of a Kernel.
     """
@@ -84,6 +89,7 @@ class Engine:
     loaders: int = 0
     box: int = 1
     barriers: int = 0
+    persistent: bool = False
     exact: bool = False
 
 
@@ -91,13 +97,14 @@ class Engine:
 _HOPPER = Engine(
     "_attention/forward_sm90.cu",
     (
-        (128, Tile(128, 128, 8, 2, 1)),
+        (128, Tile(128, 128, 8, 2, 1, query_stages=2)),
         (192, Tile(128, 96, 8, 2, 1)),
-        (256, Tile(128, 64, 8, 2, 1)),
+        (256, Tile(128, 80, 8, 2, 1)),
     ),
     loaders=4,
     box=64,
     barriers=256,
+    persistent=True,
     exact=True,
 )
 # Two 16-row blocks a warp halve what shared memory must deliver for each product; one, where O is
@@ -192,7 +199,9 @@ def choose(
         What keeps Hopper's copy engine from reading the operands.
     """
     engine, why = _engine(problem, gpu, obstacle)
-    return plan(problem, output, engine, _tile(engine, problem, gpu), why, copies)
+    tile = _tile(engine, problem, gpu)
+    places = tile.blocks * gpu.multiprocessors if engine.persistent else None
+    return plan(problem, output, engine, tile, why, copies, places)
 
 
 def _engine(problem: Problem, gpu: Gpu, obstacle: str | None) -> tuple[Engine, str]:
@@ -247,13 +256,20 @@ def shared_memory(engine: Engine, problem: Problem, tile: Tile) -> int:
     """Bytes a block: Q, then each stage's K and V, then barriers."""
     size = engine.operand_bytes or BYTES[problem.dtype]
     d, d_v = (-(-dim // engine.box) * engine.box for dim in head_dims(problem, tile))
-    return size * (tile.queries * d + tile.stages * tile.keys * (d + d_v)) + engine.barriers
+    queries = tile.query_stages * tile.queries
+    return size * (queries * d + tile.stages * tile.keys * (d + d_v)) + engine.barriers
 
 
 def plan(
-    problem: Problem, output: str, engine: Engine, tile: Tile, why: str, copies: tuple[str, ...]
+    problem: Problem,
+    output: str,
+    engine: Engine,
+    tile: Tile,
+    why: str,
+    copies: tuple[str, ...],
+    places: int | None = None,
 ) -> Plan:
-    """Spell out a chosen tile as a launch."""
+    """Spell out a chosen tile as a launch, of as many blocks at most as there are places."""
     d, d_v = head_dims(problem, tile)
     slices = -(-problem.head_dim_v // d_v)
     tiles = -(-problem.len_q // tile.queries)
@@ -277,6 +293,8 @@ def plan(
         "kMinBlocks": tile.blocks,
         engine.rows: tile.queries // tile.warps // engine.rows_at_once,
     }
+    if engine.persistent:
+        constants["kQStages"] = tile.query_stages
     return Plan(
         kernel=Kernel(
             engine.file,
@@ -284,7 +302,7 @@ def plan(
             (*constants.items(), *engine.constants),
             exact=engine.exact,
         ),
-        grid=(blocks, 1, 1),
+        grid=(blocks if places is None else min(blocks, places), 1, 1),
         threads=32 * (tile.warps + engine.loaders),
         shared_memory=shared_memory(engine, problem, tile),
         bytes=traffic(problem, output),

@@ -77,8 +77,10 @@ struct BlockIndex {
   int tile, head, first_column = 0;
   int batch[kBatchAxes];
 
-  __device__ __forceinline__ explicit BlockIndex(const Params& params) {
-    int sweep = recomputed(blockIdx.x);
+  __device__ __forceinline__ explicit BlockIndex(const Params& params) : BlockIndex(params, recomputed(blockIdx.x)) {}
+
+  // The part that block number `sweep` of a grid with a block for each part has.
+  __device__ __forceinline__ BlockIndex(const Params& params, int sweep) {
     if (kSlices > 1) {
       first_column = sweep % kSlices * kHeadDimV;
       sweep /= kSlices;
@@ -202,12 +204,6 @@ template <typename Products> struct Rows {
   // S becomes P = 2^(scale S - m). The reference m follows the row's maximum only when it falls behind by kSlack: any m gives the same
   // softmax, and its rows do not depend on one another.
   __device__ __forceinline__ void softmax(T scale) {
-    follow(scale, [] {});
-    exponentiate<0, Products::kScores>(scale);
-  }
-
-  // Raises m where it has fallen behind. O is rescaled then, once `settle` has seen to it that nobody writes to it.
-  template <typename Settle> __device__ __forceinline__ void follow(T scale, Settle settle) {
     T highest[Products::kRows];
     bool behind = false;
 #pragma unroll
@@ -217,9 +213,15 @@ template <typename Products> struct Rows {
       for (int c = 1; c < Products::kScores; ++c) highest[r] = max_of(s[r][c], highest[r]);  // a NaN score is passed over
       behind |= highest[r] * scale > pair[r].max + kSlack;
     }
-    if (__any_sync(0xffffffffu, behind)) {
-      settle();
-      raise(highest, scale);
+    if (__any_sync(0xffffffffu, behind)) raise(highest, scale);
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      const T reference = finite_reference(pair[r].max);
+#pragma unroll
+      for (int c = 0; c < Products::kScores; ++c) {
+        s[r][c] = exp_2(s[r][c] * scale - reference);
+        pair[r].sum += s[r][c];
+      }
     }
   }
 
@@ -233,22 +235,10 @@ template <typename Products> struct Rows {
     }
   }
 
-  // P of the scores kFirst to kEnd - 1 of each row, and their sum.
-  template <int kFirst, int kEnd> __device__ __forceinline__ void exponentiate(T scale) {
-#pragma unroll
-    for (int r = 0; r < Products::kRows; ++r) {
-      const T reference = finite_reference(pair[r].max);
-#pragma unroll
-      for (int c = kFirst; c < kEnd; ++c) {
-        s[r][c] = exp_2(s[r][c] * scale - reference);
-        pair[r].sum += s[r][c];
-      }
-    }
-  }
-
   // O / d and the logarithm of the sum. A row that saw no key gives 0 and -inf.
-  __device__ __forceinline__ void finish(const Params& params) {
-    const BlockIndex index(params);
+  __device__ __forceinline__ void finish(const Params& params) { finish(params, BlockIndex(params), pair); }
+
+  __device__ __forceinline__ void finish(const Params& params, const BlockIndex& index, RunningPair<T> (&pair)[Products::kRows]) {
     const int first_row = index.tile * kBlockM;
     const int columns = params.head_dim_v - index.first_column;
     Output* out = index.rows_of(params.out, index.head) + index.first_column;

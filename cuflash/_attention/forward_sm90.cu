@@ -77,6 +77,19 @@ struct KeyTiles {
   __device__ __forceinline__ int key(int turn) const { return (first + count - 1 - turn) * kBlockN; }
 };
 
+// The keys that all rows of this warp see, for what lies within needs no mask. Rows that do not exist do not count.
+struct SeenByAll {
+  int begin = 0, end = 1 << 30;
+
+  __device__ __forceinline__ explicit SeenByAll(const KeyInterval& keys) {
+    const int top = MmaLayout::warp_row(), bottom = min_of(top + MmaLayout::kWarpRows, keys.rows) - 1;
+    if (bottom < top) return;
+    begin = keys.begin(bottom);
+    end = keys.end(top);
+  }
+  __device__ __forceinline__ bool has_tile(int key) const { return begin <= key && key + kBlockN <= end; }
+};
+
 // A warp that has all tiles brought, each as soon as its place is free. Turns count through all query tiles.
 struct Loader {
   const HopperParams& hopper;
@@ -161,8 +174,7 @@ struct HopperProducts : MmaLayout {
   using Scores = Products64<Element, kBlockN>;
   using Outputs = Products64<Element, kHeadDimV>;
 
-  static __device__ __forceinline__ void start_scores(T (&s)[kRows][kScores], uint32 q_smem, uint32 k_smem) {
-    const uint64 q = matrix(q_smem, 0), k = matrix(k_smem, 0);
+  static __device__ __forceinline__ void start_scores(T (&s)[kRows][kScores], uint64 q, uint64 k) {
     products_begin();
 #pragma unroll
     for (int d = 0; d < kHeadDim; d += 16) Scores::shared(s, q + QTile::along(d) / 16, k + KTile::along(d) / 16, d > 0);
@@ -170,9 +182,7 @@ struct HopperProducts : MmaLayout {
   }
 
   // O is overwritten by the first product of a query tile.
-  static __device__ __forceinline__ void start_outputs(T (&o)[kRows][kOutputs], const uint32 (&p)[kBlockN / 16][4], uint32 v_smem,
-                                                       bool adds) {
-    const uint64 v = matrix(v_smem, VTile::kBoxBytes);
+  static __device__ __forceinline__ void start_outputs(T (&o)[kRows][kOutputs], const uint32 (&p)[kBlockN / 16][4], uint64 v, bool adds) {
     products_begin();
 #pragma unroll
     for (int k = 0; k < kBlockN / 16; ++k) Outputs::registers(o, p[k], v + k * 16 * 2 * kBox / 16, k > 0 || adds);
@@ -253,10 +263,18 @@ struct Multiplier {
 
   const Params& params;
   SharedMemory smem;
-  int jobs, group;  // group: which of the warpgroups
+  int jobs;
+  uint64 q_matrix, k_matrix, v_matrix;  // of the first stages
   HopperRows rows;
   Job job;
-  int q_turn = -1, turn = 0;  // the newest that have been started
+  int q_turn = -1, turn = -1;  // the newest
+
+  __device__ __forceinline__ Multiplier(const Params& params, SharedMemory smem, int jobs) : params(params), smem(smem), jobs(jobs) {
+    const int group = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);  // which warps have in common
+    q_matrix = matrix(smem.q(0) + group * 64 * 2 * kBox, 0);
+    k_matrix = matrix(smem.k(0), 0);
+    v_matrix = matrix(smem.v(0), VTile::kBoxBytes);
+  }
 
   __device__ __forceinline__ bool leads() const { return threadIdx.x % 128 == 0; }
 
@@ -275,23 +293,24 @@ struct Multiplier {
   __device__ __forceinline__ void run() {
     if (!next_job()) return;
     KeyInterval keys(params, BlockIndex(params, job.number()));
-    start_scores(++q_turn);
+    start_job();
     products_wait<0>();
-    have_scores(keys, 0);
+    have_scores(keys, SeenByAll(keys), KeyTiles(keys).key(0));
     rows.begin(params.scale_log2);
     rows.exponentiate<0, kSteps>(params.scale_log2);
     rows.pair_up<0, kSteps>();
 #pragma unroll 1
     for (;;) {
-      const int count = KeyTiles(keys).count;
+      const KeyTiles tiles(keys);
+      const SeenByAll seen(keys);
+      if (tiles.count > 1) wait_for_k(turn + 1);
 #pragma unroll 1
-      for (int i = 1; i < count; ++i) {
-        ++turn;
-        start_scores(q_turn);
-        start_outputs(turn - 1, i > 1);
+      for (int key = tiles.key(1); key >= tiles.first * kBlockN; key -= kBlockN) {
+        start_scores(++turn);
+        start_outputs(turn - 1, key < tiles.key(1));
         products_wait<1>();
-        have_scores(keys, i);
-        if (i + 1 < count) wait_for_k(turn + 1);  // before the exponentials, so that the product after them starts at once
+        have_scores(keys, seen, key);
+        if (key > tiles.first * kBlockN) wait_for_k(turn + 1);  // now, so that its product will be started at once
         rows.follow(params.scale_log2, [&] { have_outputs(); });
         rows.exponentiate<0, kHalf>(params.scale_log2);
         stay_here(rows.pair[0].sum + rows.pair[1].sum);
@@ -308,11 +327,10 @@ struct Multiplier {
       const bool more = next_job();
       if (more) {
         keys = KeyInterval(params, BlockIndex(params, job.number()));
-        ++turn;
-        start_scores(++q_turn);
-        start_outputs(turn - 1, count > 1);
+        start_job();
+        start_outputs(turn - 1, tiles.count > 1);
         products_wait<1>();
-        have_scores(keys, 0);
+        have_scores(keys, SeenByAll(keys), KeyTiles(keys).key(0));
         rows.begin(params.scale_log2);
         rows.exponentiate<0, kSteps>(params.scale_log2);
         stay_here(rows.pair[0].sum + rows.pair[1].sum);
@@ -320,7 +338,7 @@ struct Multiplier {
         release_v(turn - 1);
         rows.pair_up<0, kSteps>();
       } else {
-        start_outputs(turn, count > 1);
+        start_outputs(turn, tiles.count > 1);
         have_outputs();
       }
       rows.finish(params, BlockIndex(params, done), sums);
@@ -328,26 +346,31 @@ struct Multiplier {
     }
   }
 
-  __device__ __forceinline__ void start_scores(int q_turn) {
+  __device__ __forceinline__ void start_job() {
+    ++q_turn;
     smem.barriers.q_full[q_turn % kQStages].wait(q_turn / kQStages);
-    wait_for_k(turn);
-    Products::start_scores(rows.s, smem.q(q_turn) + group * 64 * 2 * kBox, smem.k(turn));
-  }
-
-  __device__ __forceinline__ void start_outputs(int turn, bool adds) {
-    smem.barriers.v_full[turn % kStages].wait(turn / kStages);
-    Products::start_outputs(rows.o, rows.p, smem.v(turn), adds);
+    wait_for_k(turn + 1);
+    start_scores(++turn);
   }
 
   __device__ __forceinline__ void wait_for_k(int turn) { smem.barriers.k_full[turn % kStages].wait(turn / kStages); }
 
-  // S of key tile i is there; rows see of it what they may.
-  __device__ __forceinline__ void have_scores(const KeyInterval& keys, int i) {
+  __device__ __forceinline__ void start_scores(int turn) {
+    const uint64 q = q_matrix + q_turn % kQStages * (QTile::kBytes / 16), k = k_matrix + turn % kStages * (KTile::kBytes / 16);
+    Products::start_scores(rows.s, q, k);
+  }
+
+  __device__ __forceinline__ void start_outputs(int turn, bool adds) {
+    smem.barriers.v_full[turn % kStages].wait(turn / kStages);
+    Products::start_outputs(rows.o, rows.p, v_matrix + turn % kStages * (VTile::kBytes / 16), adds);
+  }
+
+  // S of the newest turn is there; rows see of it what they may.
+  __device__ __forceinline__ void have_scores(const KeyInterval& keys, const SeenByAll& seen, int key) {
     Products::Scores::settle(rows.s);
     if (leads()) smem.barriers.k_empty[turn % kStages].arrive();
     if (params.factor != 1) rows.multiply_scores(params.factor);
-    const int key = KeyTiles(keys).key(i);
-    if (keys.template place<Products::kWarpRows>(key) != Place::kInside) rows.mask(keys, key);
+    if (!seen.has_tile(key)) rows.mask(keys, key);
   }
 
   __device__ __forceinline__ void have_outputs() {
@@ -394,6 +417,6 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
     if (threadIdx.x < kThreads + 32) Loader{hopper, smem}.run(jobs);
   } else {
     take_registers<232>();
-    Multiplier{params, smem, jobs, __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0)}.run();
+    Multiplier(params, smem, jobs).run();
   }
 }

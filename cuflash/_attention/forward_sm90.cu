@@ -48,17 +48,31 @@ struct Job {
   }
 };
 
+// A query tile as the warps that multiply must know it.
+struct Task {
+  KeyInterval keys;  // of no rows: there is nothing more to do
+  Output* out;       // the tile's first row
+  float* lse;        // null where it is not wanted
+
+  __device__ __forceinline__ Task(const Params& params, const BlockIndex& index, const KeyInterval& keys) : keys(keys) {
+    const int64 top = index.tile * kBlockM;
+    out = index.rows_of(params.out, index.head) + top * params.out.row;
+    lse = params.lse.data == nullptr ? nullptr : index.rows_of(params.lse, index.head) + top * params.lse.row;
+  }
+};
+
 struct SharedMemory {
   static constexpr int kQ = 0, kK = kQStages * QTile::kBytes, kV = kK + kStages * KTile::kBytes;
-  static constexpr int kBarriers = kV + kStages * VTile::kBytes, kBytes = kBarriers + 256;
+  static constexpr int kBarriers = kV + kStages * VTile::kBytes, kTasks = kBarriers + 192, kBytes = kTasks + 64;
 
   struct Barriers {
     Barrier q_full[kQStages], q_empty[kQStages], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_raw;
   };
-  static_assert(sizeof(Barriers) <= kBytes - kBarriers, "barriers have room");
+  static_assert(sizeof(Barriers) <= kTasks - kBarriers && kQStages * sizeof(Task) <= kBytes - kTasks, "both have room");
 
   uint32 base;
   Barriers& barriers;
+  Task* tasks;  // one for each query tile in shared memory
 
   __device__ __forceinline__ uint32 q(int turn) const { return base + kQ + turn % kQStages * QTile::kBytes; }
   __device__ __forceinline__ uint32 k(int turn) const { return base + kK + turn % kStages * KTile::kBytes; }
@@ -104,7 +118,7 @@ struct Loader {
       if (tiles.count == 0) continue;
       int kv_head = index.head;
       hopper.params.group.take(kv_head);
-      bring_q(index);
+      bring_q(index, keys);
       bring_k(index, kv_head, tiles.key(0), turn);
 #pragma unroll 1
       for (int i = 0; i < tiles.count; ++i, ++turn) {
@@ -112,13 +126,23 @@ struct Loader {
         bring_v(index, kv_head, keys, tiles.key(i));
       }
     }
+    say_that_was_all();
   }
 
-  __device__ __forceinline__ void bring_q(const BlockIndex& index) {
+  __device__ __forceinline__ void bring_q(const BlockIndex& index, const KeyInterval& keys) {
     const int stage = q_turn % kQStages;
     smem.barriers.q_empty[stage].wait(q_turn / kQStages - 1);
+    if (threadIdx.x % 32 == 0) smem.tasks[stage] = Task(hopper.params, index, keys);
     bring_tile<QTile>(smem.q(q_turn), hopper.q, hopper.params.q, smem.barriers.q_full[stage], index.tile * kBlockM, index.head, index);
     ++q_turn;
+  }
+
+  __device__ __forceinline__ void say_that_was_all() const {
+    const int stage = q_turn % kQStages;
+    smem.barriers.q_empty[stage].wait(q_turn / kQStages - 1);
+    if (threadIdx.x % 32 != 0) return;
+    smem.tasks[stage].keys.rows = 0;
+    smem.barriers.q_full[stage].arrive();
   }
 
   __device__ __forceinline__ void bring_k(const BlockIndex& index, int kv_head, int key, int turn) {
@@ -168,6 +192,20 @@ struct Loader {
     }
   }
 };
+
+// A warp that fills in query tiles that see no key: 0, and -inf.
+__device__ __forceinline__ void fill_in(const Params& params, int jobs) {
+  for (Job job; job.number() < jobs; ++job.round) {
+    const BlockIndex index(params, job.number());
+    const KeyInterval keys(params, index);
+    if (KeyTiles(keys).count > 0) continue;
+    const Task task(params, index, keys);
+    for (int row = 0; row < keys.rows; ++row) {
+      for (int c = threadIdx.x % 32; c < params.head_dim_v; c += 32) task.out[row * params.out.row + c] = narrow<Output>(0.0f);
+      if (task.lse != nullptr && threadIdx.x % 32 == 0) task.lse[row * params.lse.row] = -infinity<float>();
+    }
+  }
+}
 
 struct HopperProducts : MmaLayout {
   using T = float;
@@ -254,6 +292,57 @@ struct HopperRows : Rows<HopperProducts> {
       }
     }
   }
+
+  // O / d and the logarithm of the sum, as of Rows.
+  __device__ __forceinline__ void finish(const Params& params, const Task& task, RunningPair<T> (&pair)[Products::kRows]) {
+    const bool whole = params.head_dim_v >= kHeadDimV;
+    const uint64 alignment = reinterpret_cast<uint64>(task.out) | params.out.row * sizeof(Output);
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      const int row = Products::row(r);
+      const bool exists = row < task.keys.rows;
+      pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
+      const bool empty = pair[r].max == -infinity<T>() && pair[r].sum == T(0);  // and no NaN
+      if (exists && task.lse != nullptr && Products::key(0) == 0) task.lse[row * params.lse.row] = pair[r].log_sum() * T(kLn2);
+      const T inverse = T(1) / pair[r].sum;
+      Output* out = task.out + row * params.out.row;
+#pragma unroll
+      for (int c = 0; c < Products::kOutputs; ++c) o[r][c] = empty ? T(0) : o[r][c] * inverse;
+      if (sizeof(Output) == 2 && whole && alignment % 16 == 0) {
+        store_blocks(out, o[r], exists);
+      } else if (exists && whole && alignment % (2 * sizeof(Output)) == 0) {
+        store_pairs(out, o[r]);
+      } else if (exists) {
+        store(out, o[r], params.head_dim_v);
+      }
+    }
+  }
+
+  // Of four blocks of 8 columns, each lane of a row has two columns; it gets one block whole. A transposition in two exchanges.
+  static __device__ __forceinline__ void store_blocks(Output* row, const T (&o)[Products::kOutputs], bool exists) {
+    const int lane = threadIdx.x % 4;
+#pragma unroll
+    for (int c = 0; c < Products::kOutputs; c += 8) {
+      Vector<uint32, 4> block;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) block.at[i] = narrow_pair<Element>(o[c + 2 * i], o[c + 2 * i + 1]);
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2) {
+        const bool odd = lane & step;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (i & step) continue;
+          const uint32 got = __shfl_xor_sync(0xffffffffu, odd ? block.at[i] : block.at[i + step], step);
+          if (odd) {
+            block.at[i] = got;
+          } else {
+            block.at[i + step] = got;
+          }
+        }
+      }
+      if (exists) *reinterpret_cast<Vector<uint32, 4>*>(row + 4 * c + 8 * lane) = block;
+    }
+  }
 };
 
 // A warpgroup, which has 64 rows of every query tile.
@@ -263,13 +352,11 @@ struct Multiplier {
 
   const Params& params;
   SharedMemory smem;
-  int jobs;
   uint64 q_matrix, k_matrix, v_matrix;  // of the first stages
   HopperRows rows;
-  Job job;
   int q_turn = -1, turn = -1;  // the newest
 
-  __device__ __forceinline__ Multiplier(const Params& params, SharedMemory smem, int jobs) : params(params), smem(smem), jobs(jobs) {
+  __device__ __forceinline__ Multiplier(const Params& params, SharedMemory smem) : params(params), smem(smem) {
     const int group = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);  // which warps have in common
     q_matrix = matrix(smem.q(0) + group * 64 * 2 * kBox, 0);
     k_matrix = matrix(smem.k(0), 0);
@@ -278,38 +365,24 @@ struct Multiplier {
 
   __device__ __forceinline__ bool leads() const { return threadIdx.x % 128 == 0; }
 
-  // Goes on to the next query tile that sees a key. Those that see none are done with here.
-  __device__ __forceinline__ bool next_job() {
-    for (; job.number() < jobs; ++job.round) {
-      const BlockIndex index(params, job.number());
-      if (KeyTiles(KeyInterval(params, index)).count > 0) return true;
-      Rows<Products> none;
-      none.start();
-      none.finish(params, index, none.pair);
-    }
-    return false;
-  }
-
   __device__ __forceinline__ void run() {
-    if (!next_job()) return;
-    KeyInterval keys(params, BlockIndex(params, job.number()));
-    start_job();
+    if (!next_task()) return;
+    start_scores(++turn);
     products_wait<0>();
-    have_scores(keys, SeenByAll(keys), KeyTiles(keys).key(0));
-    rows.begin(params.scale_log2);
-    rows.exponentiate<0, kSteps>(params.scale_log2);
+    begin_task();
     rows.pair_up<0, kSteps>();
 #pragma unroll 1
     for (;;) {
-      const KeyTiles tiles(keys);
-      const SeenByAll seen(keys);
+      const Task task = smem.tasks[q_turn % kQStages];
+      const KeyTiles tiles(task.keys);
+      const SeenByAll seen(task.keys);
       if (tiles.count > 1) wait_for_k(turn + 1);
 #pragma unroll 1
       for (int key = tiles.key(1); key >= tiles.first * kBlockN; key -= kBlockN) {
         start_scores(++turn);
         start_outputs(turn - 1, key < tiles.key(1));
         products_wait<1>();
-        have_scores(keys, seen, key);
+        have_scores(task.keys, seen, key);
         if (key > tiles.first * kBlockN) wait_for_k(turn + 1);  // now, so that its product will be started at once
         rows.follow(params.scale_log2, [&] { have_outputs(); });
         rows.exponentiate<0, kHalf>(params.scale_log2);
@@ -321,18 +394,13 @@ struct Multiplier {
         rows.pair_up<kHalf, kSteps>();
       }
       if (leads()) smem.barriers.q_empty[q_turn % kQStages].arrive();
-      const int done = job.number();
       RunningPair<float> sums[2] = {rows.pair[0], rows.pair[1]};
-      ++job.round;
-      const bool more = next_job();
+      const bool more = next_task();
       if (more) {
-        keys = KeyInterval(params, BlockIndex(params, job.number()));
-        start_job();
+        start_scores(++turn);
         start_outputs(turn - 1, tiles.count > 1);
         products_wait<1>();
-        have_scores(keys, SeenByAll(keys), KeyTiles(keys).key(0));
-        rows.begin(params.scale_log2);
-        rows.exponentiate<0, kSteps>(params.scale_log2);
+        begin_task();
         stay_here(rows.pair[0].sum + rows.pair[1].sum);
         have_outputs();
         release_v(turn - 1);
@@ -341,16 +409,26 @@ struct Multiplier {
         start_outputs(turn, tiles.count > 1);
         have_outputs();
       }
-      rows.finish(params, BlockIndex(params, done), sums);
+      rows.finish(params, task, sums);
       if (!more) return;
     }
   }
 
-  __device__ __forceinline__ void start_job() {
+  // Waits for the next query tile and its first key tile.
+  __device__ __forceinline__ bool next_task() {
     ++q_turn;
     smem.barriers.q_full[q_turn % kQStages].wait(q_turn / kQStages);
+    if (smem.tasks[q_turn % kQStages].keys.rows == 0) return false;
     wait_for_k(turn + 1);
-    start_scores(++turn);
+    return true;
+  }
+
+  // The first scores of a query tile are there: references, and P.
+  __device__ __forceinline__ void begin_task() {
+    const KeyInterval keys = smem.tasks[q_turn % kQStages].keys;
+    have_scores(keys, SeenByAll(keys), KeyTiles(keys).key(0));
+    rows.begin(params.scale_log2);
+    rows.exponentiate<0, kSteps>(params.scale_log2);
   }
 
   __device__ __forceinline__ void wait_for_k(int turn) { smem.barriers.k_full[turn % kStages].wait(turn / kStages); }
@@ -393,7 +471,7 @@ struct Multiplier {
 extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_forward(const __grid_constant__ HopperParams hopper) {
   extern __shared__ __align__(1024) unsigned char shared[];
   auto& barriers = *reinterpret_cast<SharedMemory::Barriers*>(shared + SharedMemory::kBarriers);
-  const SharedMemory smem = {shared_address(shared), barriers};
+  const SharedMemory smem = {shared_address(shared), barriers, reinterpret_cast<Task*>(shared + SharedMemory::kTasks)};
   if (threadIdx.x == 0) {
     constexpr int kGroups = kThreads / 128;
     barriers.v_raw.init(1);
@@ -414,9 +492,11 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
   const int jobs = ((params.sweeps - 1) * params.sweep.length + params.last_sweep.length) * ((params.len_q - 1) / kBlockM + 1);
   if (threadIdx.x >= kThreads) {
     keep_registers<40>();
-    if (threadIdx.x < kThreads + 32) Loader{hopper, smem}.run(jobs);
+    const int warp = threadIdx.x / 32 - kThreads / 32;
+    if (warp == 0) Loader{hopper, smem}.run(jobs);
+    if (warp == 1) fill_in(params, jobs);
   } else {
     take_registers<232>();
-    Multiplier(params, smem, jobs).run();
+    Multiplier(params, smem).run();
   }
 }

@@ -292,7 +292,8 @@ def params(
     filled["left"] = UNBOUNDED if problem.left is None else problem.left
     filled["right"] = UNBOUNDED if problem.right is None else problem.right
     filled["scale_log2"], filled["factor"] = folded(problem.scale, filled["factor"].dtype)
-    sweep, pairs = plan.sweep(problem, gpus.current()), plan.pairs_of_heads(problem)
+    sweep = plan.sweep(problem, gpus.current(), persistent=chosen.kernel.exact)
+    pairs = plan.pairs_of_heads(problem)
     tiles = -(-problem.len_q // int(dict(chosen.kernel.constants)["kBlockM"]))
     filled["batch_shape"] = [divisor(length) for length in problem.batch]
     filled["heads"], filled["group"] = divisor(problem.heads), divisor(problem.group)

@@ -177,6 +177,9 @@ _SIMT_DOUBLE = Engine(
 )
 
 
+LEAST_TOGETHER = 16  # heads
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(
     problem: Problem,
@@ -331,16 +334,18 @@ def merge(dtype: str, output: str, shape: tuple[int, ...], copies: tuple[str, ..
     )
 
 
-def sweep(problem: Problem, gpu: Gpu) -> int:
+def sweep(problem: Problem, gpu: Gpu, persistent: bool) -> int:
     """How many (batch, head) pairs advance through their query tiles together.
 
     Where rows see different numbers of keys, blocks with most work start first, in groups of heads
     whose K and V fill half of L2; otherwise a head's tiles follow one another and share its keys.
+    Blocks that go through many tiles have as much to do as others only where groups are large.
     """
     if problem.left is None and problem.right is None:
         return 1
     size = BYTES[problem.dtype] * problem.len_k * (problem.head_dim + problem.head_dim_v)
-    return max(1, min(pairs_of_heads(problem), gpu.l2_bytes // 2 // max(size, 1) * problem.group))
+    together = gpu.l2_bytes // 2 // max(size, 1) * problem.group
+    return min(pairs_of_heads(problem), max(together, LEAST_TOGETHER if persistent else 1))
 
 
 def pairs_of_heads(problem: Problem) -> int:

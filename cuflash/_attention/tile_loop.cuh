@@ -236,9 +236,8 @@ template <typename Products> struct Rows {
   }
 
   // O / d and the logarithm of the sum. A row that saw no key gives 0 and -inf.
-  __device__ __forceinline__ void finish(const Params& params) { finish(params, BlockIndex(params), pair); }
-
-  __device__ __forceinline__ void finish(const Params& params, const BlockIndex& index, RunningPair<T> (&pair)[Products::kRows]) {
+  __device__ __forceinline__ void finish(const Params& params) {
+    const BlockIndex index(params);
     const int first_row = index.tile * kBlockM;
     const int columns = params.head_dim_v - index.first_column;
     Output* out = index.rows_of(params.out, index.head) + index.first_column;

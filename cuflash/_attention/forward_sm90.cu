@@ -48,35 +48,47 @@ struct Job {
   }
 };
 
-// A query tile as the warps that multiply must know it.
+// A query tile as all warps must know it.
 struct Task {
   KeyInterval keys;  // of no rows: there is nothing more to do
-  Output* out;       // the tile's first row
-  float* lse;        // null where it is not wanted
+  int kv_head, batch[2];
+  Output* out;  // the tile's first row
+  float* lse;   // null where it is not wanted
 
-  __device__ __forceinline__ Task(const Params& params, const BlockIndex& index, const KeyInterval& keys) : keys(keys) {
+  __device__ __forceinline__ Task(const Params& params, const BlockIndex& index) : keys(params, index), kv_head(index.head) {
+    params.group.take(kv_head);
+    for (int i = 0; i < 2; ++i) batch[i] = index.batch[kBatchAxes - 1 - i];
     const int64 top = index.tile * kBlockM;
     out = index.rows_of(params.out, index.head) + top * params.out.row;
     lse = params.lse.data == nullptr ? nullptr : index.rows_of(params.lse, index.head) + top * params.lse.row;
   }
 };
 
+constexpr int kTasks = 2;  // known at a time
+
 struct SharedMemory {
   static constexpr int kQ = 0, kK = kQStages * QTile::kBytes, kV = kK + kStages * KTile::kBytes;
-  static constexpr int kBarriers = kV + kStages * VTile::kBytes, kTasks = kBarriers + 192, kBytes = kTasks + 64;
+  static constexpr int kBarriers = kV + kStages * VTile::kBytes, kTaskList = kBarriers + 256, kBytes = kTaskList + 128;
 
   struct Barriers {
-    Barrier q_full[kQStages], q_empty[kQStages], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_raw;
+    Barrier task_full[kTasks], task_empty[kTasks], q_full[kQStages], q_empty[kQStages];
+    Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_raw;
   };
-  static_assert(sizeof(Barriers) <= kTasks - kBarriers && kQStages * sizeof(Task) <= kBytes - kTasks, "both have room");
+  static_assert(sizeof(Barriers) <= kTaskList - kBarriers && kTasks * sizeof(Task) <= kBytes - kTaskList, "both have room");
 
   uint32 base;
   Barriers& barriers;
-  Task* tasks;  // one for each query tile in shared memory
+  Task* tasks;
 
   __device__ __forceinline__ uint32 q(int turn) const { return base + kQ + turn % kQStages * QTile::kBytes; }
   __device__ __forceinline__ uint32 k(int turn) const { return base + kK + turn % kStages * KTile::kBytes; }
   __device__ __forceinline__ uint32 v(int turn) const { return base + kV + turn % kStages * VTile::kBytes; }
+
+  // Waits until task number `turn` is known.
+  __device__ __forceinline__ const Task& task(int turn) const {
+    barriers.task_full[turn % kTasks].wait(turn / kTasks);
+    return tasks[turn % kTasks];
+  }
 };
 
 // The key tiles of a query tile, in the order of their turns.
@@ -104,60 +116,98 @@ struct SeenByAll {
   __device__ __forceinline__ bool has_tile(int key) const { return begin <= key && key + kBlockN <= end; }
 };
 
-// A warp that has all tiles brought, each as soon as its place is free. Turns count through all query tiles.
+// Has all boxes of a tile brought, by one lane of a warp. Along a broadcast axis the array has one place.
+template <typename Tile, typename T>
+__device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, const Strided<T>& array, Barrier& barrier, int row, int head,
+                                           const int (&batch)[2]) {
+  if (threadIdx.x % 32 != 0) return;
+  const auto place = [](int at, int64 stride) { return stride == 0 ? 0 : at; };
+  barrier.expect(Tile::kBytes);
+#pragma unroll
+  for (int box = 0; box < Tile::kBoxes; ++box) {
+    bring(to + box * Tile::kBoxBytes, map, barrier, box * kBox, row, place(head, array.head),
+          place(batch[0], array.batch[kBatchAxes - 1]), place(batch[1], array.batch[kBatchAxes - 2]));
+  }
+}
+
+// A warp that goes ahead: it says what comes next, has Q brought, and fills in query tiles that see no key by itself.
+struct Scheduler {
+  const HopperParams& hopper;
+  SharedMemory smem;
+  int turn = 0;
+
+  __device__ __forceinline__ void run(int jobs) {
+#pragma unroll 1
+    for (Job job; job.number() < jobs; ++job.round) {
+      const BlockIndex index(hopper.params, job.number());
+      const Task task(hopper.params, index);
+      if (KeyTiles(task.keys).count == 0) {
+        fill_in(task);
+        continue;
+      }
+      announce(task);
+      const int stage = turn % kQStages;
+      smem.barriers.q_empty[stage].wait(turn / kQStages - 1);
+      bring_tile<QTile>(smem.q(turn), hopper.q, hopper.params.q, smem.barriers.q_full[stage], index.tile * kBlockM, index.head, task.batch);
+      ++turn;
+    }
+    Task last = smem.tasks[0];
+    last.keys.rows = 0;
+    announce(last);
+  }
+
+  __device__ __forceinline__ void announce(const Task& task) const {
+    const int place = turn % kTasks;
+    smem.barriers.task_empty[place].wait(turn / kTasks - 1);
+    if (threadIdx.x % 32 != 0) return;
+    smem.tasks[place] = task;
+    smem.barriers.task_full[place].arrive();
+  }
+
+  // 0, and -inf.
+  __device__ __forceinline__ void fill_in(const Task& task) const {
+    const Params& params = hopper.params;
+#pragma unroll 1
+    for (int row = 0; row < task.keys.rows; ++row) {
+      for (int c = threadIdx.x % 32; c < params.head_dim_v; c += 32) task.out[row * params.out.row + c] = narrow<Output>(0.0f);
+      if (task.lse != nullptr && threadIdx.x % 32 == 0) task.lse[row * params.lse.row] = -infinity<float>();
+    }
+  }
+};
+
+// A warp that has K and V brought, each tile as soon as its place is free. Turns count through all query tiles.
 struct Loader {
   const HopperParams& hopper;
   SharedMemory smem;
-  int q_turn = 0, turn = 0, raw_turn = 0;
+  int turn = 0, raw_turn = 0;
 
-  __device__ __forceinline__ void run(int jobs) {
-    for (Job job; job.number() < jobs; ++job.round) {
-      const BlockIndex index(hopper.params, job.number());
-      const KeyInterval keys(hopper.params, index);
-      const KeyTiles tiles(keys);
-      if (tiles.count == 0) continue;
-      int kv_head = index.head;
-      hopper.params.group.take(kv_head);
-      bring_q(index, keys);
-      bring_k(index, kv_head, tiles.key(0), turn);
+  __device__ __forceinline__ void run() {
+    for (int number = 0;; ++number) {
+      const Task task = smem.task(number);
+      if (task.keys.rows == 0) return;
+      const KeyTiles tiles(task.keys);
+      bring_k(task, tiles.key(0), turn);
 #pragma unroll 1
       for (int i = 0; i < tiles.count; ++i, ++turn) {
-        if (i + 1 < tiles.count) bring_k(index, kv_head, tiles.key(i + 1), turn + 1);
-        bring_v(index, kv_head, keys, tiles.key(i));
+        if (i + 1 < tiles.count) bring_k(task, tiles.key(i + 1), turn + 1);
+        bring_v(task, tiles.key(i));
       }
     }
-    say_that_was_all();
   }
 
-  __device__ __forceinline__ void bring_q(const BlockIndex& index, const KeyInterval& keys) {
-    const int stage = q_turn % kQStages;
-    smem.barriers.q_empty[stage].wait(q_turn / kQStages - 1);
-    if (threadIdx.x % 32 == 0) smem.tasks[stage] = Task(hopper.params, index, keys);
-    bring_tile<QTile>(smem.q(q_turn), hopper.q, hopper.params.q, smem.barriers.q_full[stage], index.tile * kBlockM, index.head, index);
-    ++q_turn;
-  }
-
-  __device__ __forceinline__ void say_that_was_all() const {
-    const int stage = q_turn % kQStages;
-    smem.barriers.q_empty[stage].wait(q_turn / kQStages - 1);
-    if (threadIdx.x % 32 != 0) return;
-    smem.tasks[stage].keys.rows = 0;
-    smem.barriers.q_full[stage].arrive();
-  }
-
-  __device__ __forceinline__ void bring_k(const BlockIndex& index, int kv_head, int key, int turn) {
+  __device__ __forceinline__ void bring_k(const Task& task, int key, int turn) {
     const int stage = turn % kStages;
     smem.barriers.k_empty[stage].wait(turn / kStages - 1);
-    bring_tile<KTile>(smem.k(turn), hopper.k, hopper.params.k, smem.barriers.k_full[stage], key, kv_head, index);
+    bring_tile<KTile>(smem.k(turn), hopper.k, hopper.params.k, smem.barriers.k_full[stage], key, task.kv_head, task.batch);
   }
 
   // Of V, keys that no row may see become 0: 0 times what lies there may be NaN. At most the first and the last tile have some.
-  __device__ __forceinline__ void bring_v(const BlockIndex& index, int kv_head, const KeyInterval& keys, int key) {
-    const int stage = turn % kStages, begin = keys.begin() - key, end = keys.end() - key;
+  __device__ __forceinline__ void bring_v(const Task& task, int key) {
+    const int stage = turn % kStages, begin = task.keys.begin() - key, end = task.keys.end() - key;
     const bool whole = begin <= 0 && (end >= kBlockN || end + key >= hopper.params.len_k);
     Barrier &full = smem.barriers.v_full[stage], &raw = smem.barriers.v_raw;
     smem.barriers.v_empty[stage].wait(turn / kStages - 1);
-    bring_tile<VTile>(smem.v(turn), hopper.v, hopper.params.v, whole ? full : raw, key, kv_head, index);
+    bring_tile<VTile>(smem.v(turn), hopper.v, hopper.params.v, whole ? full : raw, key, task.kv_head, task.batch);
     if (whole) return;
     raw.wait(raw_turn++);
 #pragma unroll 1
@@ -176,36 +226,7 @@ struct Loader {
       asm volatile("st.shared.b32 [%0], 0;" ::"r"(at) : "memory");
     }
   }
-
-  template <typename Tile, typename T>
-  static __device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, const Strided<T>& array, Barrier& barrier, int row,
-                                                    int head, const BlockIndex& index) {
-    if (threadIdx.x % 32 != 0) return;
-    // Along a broadcast axis the array has one place.
-    const auto place = [](int at, int64 stride) { return stride == 0 ? 0 : at; };
-    barrier.expect(Tile::kBytes);
-#pragma unroll
-    for (int box = 0; box < Tile::kBoxes; ++box) {
-      bring(to + box * Tile::kBoxBytes, map, barrier, box * kBox, row, place(head, array.head),
-            place(index.batch[kBatchAxes - 1], array.batch[kBatchAxes - 1]),
-            place(index.batch[kBatchAxes - 2], array.batch[kBatchAxes - 2]));
-    }
-  }
 };
-
-// A warp that fills in query tiles that see no key: 0, and -inf.
-__device__ __forceinline__ void fill_in(const Params& params, int jobs) {
-  for (Job job; job.number() < jobs; ++job.round) {
-    const BlockIndex index(params, job.number());
-    const KeyInterval keys(params, index);
-    if (KeyTiles(keys).count > 0) continue;
-    const Task task(params, index, keys);
-    for (int row = 0; row < keys.rows; ++row) {
-      for (int c = threadIdx.x % 32; c < params.head_dim_v; c += 32) task.out[row * params.out.row + c] = narrow<Output>(0.0f);
-      if (task.lse != nullptr && threadIdx.x % 32 == 0) task.lse[row * params.lse.row] = -infinity<float>();
-    }
-  }
-}
 
 struct HopperProducts : MmaLayout {
   using T = float;
@@ -373,7 +394,7 @@ struct Multiplier {
     rows.pair_up<0, kSteps>();
 #pragma unroll 1
     for (;;) {
-      const Task task = smem.tasks[q_turn % kQStages];
+      const Task task = smem.tasks[q_turn % kTasks];
       const KeyTiles tiles(task.keys);
       const SeenByAll seen(task.keys);
       if (tiles.count > 1) wait_for_k(turn + 1);
@@ -394,6 +415,7 @@ struct Multiplier {
         rows.pair_up<kHalf, kSteps>();
       }
       if (leads()) smem.barriers.q_empty[q_turn % kQStages].arrive();
+      if (leads()) smem.barriers.task_empty[q_turn % kTasks].arrive();
       RunningPair<float> sums[2] = {rows.pair[0], rows.pair[1]};
       const bool more = next_task();
       if (more) {
@@ -417,15 +439,15 @@ struct Multiplier {
   // Waits for the next query tile and its first key tile.
   __device__ __forceinline__ bool next_task() {
     ++q_turn;
+    if (smem.task(q_turn).keys.rows == 0) return false;
     smem.barriers.q_full[q_turn % kQStages].wait(q_turn / kQStages);
-    if (smem.tasks[q_turn % kQStages].keys.rows == 0) return false;
     wait_for_k(turn + 1);
     return true;
   }
 
   // The first scores of a query tile are there: references, and P.
   __device__ __forceinline__ void begin_task() {
-    const KeyInterval keys = smem.tasks[q_turn % kQStages].keys;
+    const KeyInterval keys = smem.tasks[q_turn % kTasks].keys;
     have_scores(keys, SeenByAll(keys), KeyTiles(keys).key(0));
     rows.begin(params.scale_log2);
     rows.exponentiate<0, kSteps>(params.scale_log2);
@@ -471,10 +493,14 @@ struct Multiplier {
 extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_forward(const __grid_constant__ HopperParams hopper) {
   extern __shared__ __align__(1024) unsigned char shared[];
   auto& barriers = *reinterpret_cast<SharedMemory::Barriers*>(shared + SharedMemory::kBarriers);
-  const SharedMemory smem = {shared_address(shared), barriers, reinterpret_cast<Task*>(shared + SharedMemory::kTasks)};
+  const SharedMemory smem = {shared_address(shared), barriers, reinterpret_cast<Task*>(shared + SharedMemory::kTaskList)};
   if (threadIdx.x == 0) {
     constexpr int kGroups = kThreads / 128;
     barriers.v_raw.init(1);
+    for (int place = 0; place < kTasks; ++place) {
+      barriers.task_full[place].init(1);
+      barriers.task_empty[place].init(kGroups);
+    }
     for (int stage = 0; stage < kQStages; ++stage) {
       barriers.q_full[stage].init(1);
       barriers.q_empty[stage].init(kGroups);
@@ -493,8 +519,8 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
   if (threadIdx.x >= kThreads) {
     keep_registers<40>();
     const int warp = threadIdx.x / 32 - kThreads / 32;
-    if (warp == 0) Loader{hopper, smem}.run(jobs);
-    if (warp == 1) fill_in(params, jobs);
+    if (warp == 0) Loader{hopper, smem}.run();
+    if (warp == 1) Scheduler{hopper, smem}.run(jobs);
   } else {
     take_registers<232>();
     Multiplier(params, smem).run();

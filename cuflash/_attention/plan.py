@@ -93,17 +93,19 @@ class Engine:
     exact: bool = False
 
 
+PERSISTENT_QUERIES = 128  # rows of a query tile where blocks go through many
+LEAST_TOGETHER = 16  # heads of which they do at a time
 # One block a multiprocessor, whose loaders leave their registers to the others.
 _HOPPER = Engine(
     "_attention/forward_sm90.cu",
     (
-        (128, Tile(128, 128, 8, 2, 1, query_stages=2)),
-        (192, Tile(128, 96, 8, 2, 1)),
-        (256, Tile(128, 80, 8, 2, 1)),
+        (128, Tile(PERSISTENT_QUERIES, 128, 8, 2, 1, query_stages=2)),
+        (192, Tile(PERSISTENT_QUERIES, 96, 8, 2, 1)),
+        (256, Tile(PERSISTENT_QUERIES, 80, 8, 2, 1)),
     ),
     loaders=4,
     box=64,
-    barriers=256,
+    barriers=384,
     persistent=True,
     exact=True,
 )
@@ -175,9 +177,6 @@ _SIMT_DOUBLE = Engine(
     operand_bytes=8,
     constants=(("Number", "float64"),),
 )
-
-
-LEAST_TOGETHER = 16  # heads
 
 
 @functools.lru_cache(maxsize=4096)
@@ -339,13 +338,22 @@ def sweep(problem: Problem, gpu: Gpu, persistent: bool) -> int:
 
     Where rows see different numbers of keys, blocks with most work start first, in groups of heads
     whose K and V fill half of L2; otherwise a head's tiles follow one another and share its keys.
-    Blocks that go through many tiles have as much to do as others only where groups are large.
+    Blocks that go through many tiles have as much to do as others only where groups fill rounds.
     """
     if problem.left is None and problem.right is None:
         return 1
     size = BYTES[problem.dtype] * problem.len_k * (problem.head_dim + problem.head_dim_v)
-    together = gpu.l2_bytes // 2 // max(size, 1) * problem.group
-    return min(pairs_of_heads(problem), max(together, LEAST_TOGETHER if persistent else 1))
+    pairs = pairs_of_heads(problem)
+    together = max(1, gpu.l2_bytes // 2 // max(size, 1) * problem.group)
+    if not persistent or together >= pairs:
+        return min(pairs, together)
+    # Of rounds over all blocks, to and fro, a group should leave none unfinished.
+    tiles, rounds = -(-problem.len_q // PERSISTENT_QUERIES), 2 * gpu.multiprocessors
+    together = max(together, LEAST_TOGETHER)
+    return min(
+        range(min(pairs, together), min(pairs, together + rounds // math.gcd(tiles, rounds)) + 1),
+        key=lambda heads: (-heads * tiles % rounds / (heads * tiles), heads),
+    )
 
 
 def pairs_of_heads(problem: Problem) -> int:

@@ -116,10 +116,12 @@ struct SeenByAll {
   __device__ __forceinline__ bool has_tile(int key) const { return begin <= key && key + kBlockN <= end; }
 };
 
-// Has all boxes of a tile brought, by one lane of a warp. Along a broadcast axis the array has one place.
+// Has all boxes of a tile brought, by one lane of a warp, once all lanes have come here: one that lagged two phases behind would wait
+// for ever. Along a broadcast axis the array has one place.
 template <typename Tile, typename T>
 __device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, const Strided<T>& array, Barrier& barrier, int row, int head,
                                            const int (&batch)[2]) {
+  __syncwarp();  // all lanes have seen the barriers before
   if (threadIdx.x % 32 != 0) return;
   const auto place = [](int at, int64 stride) { return stride == 0 ? 0 : at; };
   barrier.expect(Tile::kBytes);
@@ -159,6 +161,7 @@ struct Scheduler {
   __device__ __forceinline__ void announce(const Task& task) const {
     const int place = turn % kTasks;
     smem.barriers.task_empty[place].wait(turn / kTasks - 1);
+    __syncwarp();  // all lanes have seen that
     if (threadIdx.x % 32 != 0) return;
     smem.tasks[place] = task;
     smem.barriers.task_full[place].arrive();
@@ -415,7 +418,7 @@ struct Multiplier {
         rows.pair_up<kHalf, kSteps>();
       }
       if (leads()) smem.barriers.q_empty[q_turn % kQStages].arrive();
-      if (leads()) smem.barriers.task_empty[q_turn % kTasks].arrive();
+      release_task();
       RunningPair<float> sums[2] = {rows.pair[0], rows.pair[1]};
       const bool more = next_task();
       if (more) {
@@ -434,6 +437,12 @@ struct Multiplier {
       rows.finish(params, task, sums);
       if (!more) return;
     }
+  }
+
+  // Of the warps each by itself: products keep those of a warpgroup together, but there may have been none since the task was read.
+  __device__ __forceinline__ void release_task() {
+    __syncwarp();  // all lanes have read it
+    if (threadIdx.x % 32 == 0) smem.barriers.task_empty[q_turn % kTasks].arrive();
   }
 
   // Waits for the next query tile and its first key tile.
@@ -499,7 +508,7 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
     barriers.v_raw.init(1);
     for (int place = 0; place < kTasks; ++place) {
       barriers.task_full[place].init(1);
-      barriers.task_empty[place].init(kGroups);
+      barriers.task_empty[place].init(kThreads / 32);
     }
     for (int stage = 0; stage < kQStages; ++stage) {
       barriers.q_full[stage].init(1);

@@ -192,3 +192,73 @@ def test_every_head_dim_has_a_tile(arch: int) -> None:
         assert constants["kHeadDim"] >= max(d, min(d_v, constants["kHeadDimV"]))
         assert constants["kHeadDimV"] * constants["kSlices"] >= d_v
         assert chosen.shared_memory <= gpu.of_arch(arch).shared_memory_per_block
+
+
+# Hopper's own instructions
+
+
+def test_an_obstacle_is_named_and_the_portable_kernel_serves() -> None:
+    hopper, ampere = gpu.of_arch(90), gpu.of_arch(80)
+    asked = replaced()
+    assert plan.choose(asked, hopper, "float16").kernel.exact
+    fallback = plan.choose(asked, hopper, "float16", obstacle="`k` has gaps")
+    assert fallback.kernel.file == plan.choose(asked, ampere, "float16").kernel.file
+    assert "`k` has gaps" in fallback.why
+    assert not fallback.kernel.exact
+    forced = dataclasses.replace(hopper, forced=True)  # PTX of sm_90 has none of it
+    for other in (forced, ampere, gpu.of_arch(100), gpu.of_arch(120)):
+        assert not plan.choose(asked, other, "float16").kernel.exact
+    assert not plan.choose(problem("float32", 64, 64), hopper, "float32").kernel.exact
+
+
+def test_blocks_are_no_more_than_fit_at_a_time() -> None:
+    hopper = gpu.of_arch(90)
+    for len_q, blocks in ((1, 8), (129, 16), (128 * 40, hopper.multiprocessors)):
+        assert plan.choose(replaced(len_q=len_q), hopper, "float16").grid == (blocks, 1, 1)
+
+
+@given(tiles=st.integers(1, 200), pairs=st.integers(1, 600))
+def test_groups_of_heads_leave_little_of_a_round(tiles: int, pairs: int) -> None:
+    hopper = gpu.of_arch(90)
+    asked = replaced(batch=(pairs,), heads=1, kv_heads=1, len_q=128 * tiles, len_k=128 * tiles)
+    heads = plan.sweep(asked, hopper, persistent=True)
+    least = plan.sweep(asked, hopper, persistent=False)
+    assert 1 <= min(pairs, least) <= heads <= pairs
+    rounds = 2 * hopper.multiprocessors
+    if heads < pairs and pairs > least + rounds:
+        assert -heads * tiles % rounds < rounds / 8 or heads * tiles >= 8 * rounds
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        ("contiguous", None),
+        ("gaps", None),
+        ("one row", None),
+        ("same heads", None),
+        ("same rows", "`k` is broadcast along its rows"),
+        ("negative", "strides that are negative"),
+        ("three batch axes", "more than two strides"),
+        ("old NVRTC", "NVRTC is older than 12.9"),
+    ],
+)
+def test_what_the_copy_engine_cannot_read(host, monkeypatch, layout: str, reason) -> None:
+    monkeypatch.setattr(host.compile, "takes_exact", lambda: layout != "old NVRTC")
+    q = np.zeros((2, 3, 5, 64), np.float16)
+    k = {
+        "gaps": np.zeros((4, 3, 10, 128), np.float16)[::2, :, ::2, :64],
+        "one row": np.zeros((2, 3, 1, 64), np.float16),
+        "same heads": np.broadcast_to(np.zeros((2, 1, 5, 64), np.float16), q.shape),
+        "same rows": np.broadcast_to(np.zeros((2, 3, 1, 64), np.float16), q.shape),
+        "negative": np.zeros_like(q)[::-1],
+    }.get(layout, q)
+    if layout == "three batch axes":
+        q = np.zeros((4, 4, 4, 3, 5, 64), np.float16)[::2, ::2, ::2]
+        k = q
+    operands = Operands(q=q, k=k, v=k, out=q)
+    shape, strides = host.collapse(operands)
+    monkeypatch.setattr(host, "copied", lambda operands: ())
+    asked = replaced(batch=shape, heads=3, kv_heads=3, len_q=5, len_k=k.shape[-2])
+    found = host.obstacle(asked, operands, strides)
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in found

@@ -91,6 +91,29 @@ def test_many_keys(xp, dtype):
     judge(call).check(*attend(call, xp))
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (70, 0)}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_more_query_tiles_than_a_gpu_has_room_for(xp, head_dim, options):
+    """Blocks that go through several, with one key tile or more each, and with none."""
+    lengths = np.array([0, 1, 100, 299, 300] * 4, np.int32)
+    call = materialise(
+        Problem(
+            dtype="bfloat16",
+            batch=(20,),
+            shared=((False,),) * 3,
+            kv_heads=7,
+            group=2,
+            len_q=290,
+            len_k=300,
+            head_dim=head_dim,
+            head_dim_v=head_dim,
+            **options,
+        )
+    )
+    call = dataclasses.replace(call, options={**call.options, "kv_lengths": lengths})
+    judge(call).check(*attend(call, xp))
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_rounding_is_even(xp, dtype):
     """P and out are rounded, not cut off: errors of both signs, a row's limit or not."""

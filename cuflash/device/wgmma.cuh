@@ -25,70 +25,70 @@ __device__ __forceinline__ uint64 matrix(uint32 address, uint32 distance) {
 template <typename Element, int N> struct Products64;
 
 // clang-format off: operands 8 at a time, of 16 columns.
-#define CUFLASH_D8(c) \
+#define WGMMA_D8(c) \
   "+f"(d[0][c]), "+f"(d[0][c + 1]), "+f"(d[1][c]), "+f"(d[1][c + 1]), "+f"(d[0][c + 2]), "+f"(d[0][c + 3]), "+f"(d[1][c + 2]), "+f"(d[1][c + 3])
-#define CUFLASH_D_32 \
-  CUFLASH_D8(0), CUFLASH_D8(4)
-#define CUFLASH_D_64 \
-  CUFLASH_D_32, CUFLASH_D8(8), CUFLASH_D8(12)
-#define CUFLASH_D_80 \
-  CUFLASH_D_64, CUFLASH_D8(16)
-#define CUFLASH_D_96 \
-  CUFLASH_D_80, CUFLASH_D8(20)
-#define CUFLASH_D_128 \
-  CUFLASH_D_96, CUFLASH_D8(24), CUFLASH_D8(28)
-#define CUFLASH_D_160 \
-  CUFLASH_D_128, CUFLASH_D8(32), CUFLASH_D8(36)
-#define CUFLASH_D_176 \
-  CUFLASH_D_160, CUFLASH_D8(40)
-#define CUFLASH_D_192 \
-  CUFLASH_D_176, CUFLASH_D8(44)
-#define CUFLASH_D_256 \
-  CUFLASH_D_192, CUFLASH_D8(48), CUFLASH_D8(52), CUFLASH_D8(56), CUFLASH_D8(60)
-#define CUFLASH_P_32 \
+#define WGMMA_D_32 \
+  WGMMA_D8(0), WGMMA_D8(4)
+#define WGMMA_D_64 \
+  WGMMA_D_32, WGMMA_D8(8), WGMMA_D8(12)
+#define WGMMA_D_80 \
+  WGMMA_D_64, WGMMA_D8(16)
+#define WGMMA_D_96 \
+  WGMMA_D_80, WGMMA_D8(20)
+#define WGMMA_D_128 \
+  WGMMA_D_96, WGMMA_D8(24), WGMMA_D8(28)
+#define WGMMA_D_160 \
+  WGMMA_D_128, WGMMA_D8(32), WGMMA_D8(36)
+#define WGMMA_D_176 \
+  WGMMA_D_160, WGMMA_D8(40)
+#define WGMMA_D_192 \
+  WGMMA_D_176, WGMMA_D8(44)
+#define WGMMA_D_256 \
+  WGMMA_D_192, WGMMA_D8(48), WGMMA_D8(52), WGMMA_D8(56), WGMMA_D8(60)
+#define WGMMA_P_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define CUFLASH_P_64 \
-  CUFLASH_P_32 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define CUFLASH_P_80 \
-  CUFLASH_P_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define CUFLASH_P_96 \
-  CUFLASH_P_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define CUFLASH_P_128 \
-  CUFLASH_P_96 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define CUFLASH_P_160 \
-  CUFLASH_P_128 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define CUFLASH_P_176 \
-  CUFLASH_P_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
-#define CUFLASH_P_192 \
-  CUFLASH_P_176 ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define CUFLASH_P_256 \
-  CUFLASH_P_192 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+#define WGMMA_P_64 \
+  WGMMA_P_32 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_P_80 \
+  WGMMA_P_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define WGMMA_P_96 \
+  WGMMA_P_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_P_128 \
+  WGMMA_P_96 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_P_160 \
+  WGMMA_P_128 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define WGMMA_P_176 \
+  WGMMA_P_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define WGMMA_P_192 \
+  WGMMA_P_176 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_P_256 \
+  WGMMA_P_192 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-#define CUFLASH_PRODUCTS(element, type, n, a0, a1, a2, a3, b, add)                                                             \
+#define WGMMA_PRODUCTS(element, type, n, a0, a1, a2, a3, b, add)                                                             \
   template <> struct Products64<element, n> {                                                                                  \
     static __device__ __forceinline__ void shared(float (&d)[2][n / 4], uint64 a_matrix, uint64 b_matrix, bool adds) {         \
       asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, " a2 ", 0;\n\t"                                                       \
-                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" CUFLASH_P_##n "}, " a0 ", " a1           \
-                   ", p, 1, 1, 0, 0;\n\t}" : CUFLASH_D_##n : "l"(a_matrix), "l"(b_matrix), "r"(int(adds)));                     \
+                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" WGMMA_P_##n "}, " a0 ", " a1           \
+                   ", p, 1, 1, 0, 0;\n\t}" : WGMMA_D_##n : "l"(a_matrix), "l"(b_matrix), "r"(int(adds)));                     \
     }                                                                                                                          \
     static __device__ __forceinline__ void registers(float (&d)[2][n / 4], const uint32 (&a)[4], uint64 b_matrix, bool adds) {  \
       asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, " add ", 0;\n\t"                                                      \
-                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" CUFLASH_P_##n "}, {" a0 ", " a1 ", " a2  \
+                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" WGMMA_P_##n "}, {" a0 ", " a1 ", " a2  \
                    ", " a3 "}, " b ", p, 1, 1, 1;\n\t}"                                                                        \
-                   : CUFLASH_D_##n : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix), "r"(int(adds)));                               \
+                   : WGMMA_D_##n : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix), "r"(int(adds)));                               \
     }                                                                                                                          \
-    static __device__ __forceinline__ void settle(float (&d)[2][n / 4]) { asm volatile("" : CUFLASH_D_##n : : "memory"); }      \
+    static __device__ __forceinline__ void settle(float (&d)[2][n / 4]) { asm volatile("" : WGMMA_D_##n : : "memory"); }      \
   };
-#define CUFLASH_PRODUCTS_OF_BOTH(n, ...) \
-  CUFLASH_PRODUCTS(float16, "f16", n, __VA_ARGS__) CUFLASH_PRODUCTS(bfloat16, "bf16", n, __VA_ARGS__)
+#define WGMMA_PRODUCTS_OF_BOTH(n, ...) \
+  WGMMA_PRODUCTS(float16, "f16", n, __VA_ARGS__) WGMMA_PRODUCTS(bfloat16, "bf16", n, __VA_ARGS__)
 
-CUFLASH_PRODUCTS_OF_BOTH(32, "%16", "%17", "%18", "%19", "%20", "%21")
-CUFLASH_PRODUCTS_OF_BOTH(64, "%32", "%33", "%34", "%35", "%36", "%37")
-CUFLASH_PRODUCTS_OF_BOTH(80, "%40", "%41", "%42", "%43", "%44", "%45")
-CUFLASH_PRODUCTS_OF_BOTH(96, "%48", "%49", "%50", "%51", "%52", "%53")
-CUFLASH_PRODUCTS_OF_BOTH(128, "%64", "%65", "%66", "%67", "%68", "%69")
-CUFLASH_PRODUCTS_OF_BOTH(160, "%80", "%81", "%82", "%83", "%84", "%85")
-CUFLASH_PRODUCTS_OF_BOTH(176, "%88", "%89", "%90", "%91", "%92", "%93")
-CUFLASH_PRODUCTS_OF_BOTH(192, "%96", "%97", "%98", "%99", "%100", "%101")
-CUFLASH_PRODUCTS_OF_BOTH(256, "%128", "%129", "%130", "%131", "%132", "%133")
+WGMMA_PRODUCTS_OF_BOTH(32, "%16", "%17", "%18", "%19", "%20", "%21")
+WGMMA_PRODUCTS_OF_BOTH(64, "%32", "%33", "%34", "%35", "%36", "%37")
+WGMMA_PRODUCTS_OF_BOTH(80, "%40", "%41", "%42", "%43", "%44", "%45")
+WGMMA_PRODUCTS_OF_BOTH(96, "%48", "%49", "%50", "%51", "%52", "%53")
+WGMMA_PRODUCTS_OF_BOTH(128, "%64", "%65", "%66", "%67", "%68", "%69")
+WGMMA_PRODUCTS_OF_BOTH(160, "%80", "%81", "%82", "%83", "%84", "%85")
+WGMMA_PRODUCTS_OF_BOTH(176, "%88", "%89", "%90", "%91", "%92", "%93")
+WGMMA_PRODUCTS_OF_BOTH(192, "%96", "%97", "%98", "%99", "%100", "%101")
+WGMMA_PRODUCTS_OF_BOTH(256, "%128", "%129", "%130", "%131", "%132", "%133")

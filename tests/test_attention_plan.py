@@ -237,7 +237,7 @@ def test_groups_of_heads_leave_little_of_a_round(tiles: int, pairs: int) -> None
         ("one row", None),
         ("same heads", None),
         ("same rows", "`k` is broadcast along its rows"),
-        ("negative", "strides that are negative"),
+        ("negative", "negative or very long strides"),
         ("three batch axes", "more than two strides"),
         ("old NVRTC", "NVRTC is older than 12.9"),
     ],

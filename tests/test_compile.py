@@ -89,6 +89,8 @@ def check(chosen: Plan, arch: int) -> None:
     about = f"{chosen.kernel} for sm_{arch}"
     assert found.spills == 0, f"{about} spills {found.spills} bytes"
     assert found.registers * chosen.threads <= 65536, f"{about} uses {found.registers} registers"
+    if chosen.kernel.exact:  # or setmaxnreg waits for registers that nobody gives back
+        assert found.registers == 65536 // chosen.threads // 8 * 8, f"{about}: {found.registers}"
     total = chosen.shared_memory + found.static_shared_memory
     assert total <= model.shared_memory_per_block, f"{about} needs {total} bytes of shared memory"
     assert not [warning for warning in WARNINGS if warning in found.log], f"{about}:\n{found.log}"

@@ -143,6 +143,22 @@ def test_logsumexp_over_nothing(xp):
     assert cuflash.logsumexp(xp.zeros((3, 0)), axis=1, keepdims=True).shape == (3, 1)
 
 
+@pytest.mark.parametrize("length", [3, 40, 5000, 70000])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_infinity_makes_all_others_impossible(xp, dtype, length):
+    """log_softmax: -inf beside it, NaN in its own place, and NaN throughout beside a NaN."""
+    row = np.zeros(length, dtype)
+    row[:3] = 1, np.inf, 1000
+    with_nan = row.copy()
+    with_nan[-1] = np.nan
+    got = host(cuflash.log_softmax(xp.asarray(np.stack([row, with_nan])), axis=1))
+    assert np.isnan(got[0, 1])
+    assert (np.delete(got[0], 1) == -np.inf).all()
+    if length > 3:
+        assert np.isnan(got[1]).all()
+    assert np.isnan(host(cuflash.softmax(xp.asarray(row)))).all()
+
+
 def test_no_axes_to_reduce(xp):
     x = xp.asarray([[1.0, np.inf], [-np.inf, np.nan]])
     np.testing.assert_array_equal(

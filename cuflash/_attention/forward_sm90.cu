@@ -42,9 +42,9 @@ using VTile = BoxedTile<kBlockN, kHeadDimV>;
 struct Job {
   int round = 0;
 
-  __device__ __forceinline__ int number() const {
-    const int block = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    return round * int(gridDim.x) + block;
+  __device__ __forceinline__ uint32 number() const {
+    const uint32 block = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    return round * gridDim.x + block;
   }
 };
 
@@ -138,7 +138,7 @@ struct Scheduler {
   SharedMemory smem;
   int turn = 0;
 
-  __device__ __forceinline__ void run(int jobs) {
+  __device__ __forceinline__ void run(uint32 jobs) {
 #pragma unroll 1
     for (Job job; job.number() < jobs; ++job.round) {
       const BlockIndex index(hopper.params, job.number());
@@ -147,23 +147,21 @@ struct Scheduler {
         fill_in(task);
         continue;
       }
-      announce(task);
+      announce([&](Task& place) { place = task; });
       const int stage = turn % kQStages;
       smem.barriers.q_empty[stage].wait(turn / kQStages - 1);
       bring_tile<QTile>(smem.q(turn), hopper.q, hopper.params.q, smem.barriers.q_full[stage], index.tile * kBlockM, index.head, task.batch);
       ++turn;
     }
-    Task last = smem.tasks[0];
-    last.keys.rows = 0;
-    announce(last);
+    announce([](Task& place) { place.keys.rows = 0; });
   }
 
-  __device__ __forceinline__ void announce(const Task& task) const {
+  template <typename Write> __device__ __forceinline__ void announce(Write write) const {
     const int place = turn % kTasks;
     smem.barriers.task_empty[place].wait(turn / kTasks - 1);
     __syncwarp();  // all lanes have seen that
     if (threadIdx.x % 32 != 0) return;
-    smem.tasks[place] = task;
+    write(smem.tasks[place]);
     smem.barriers.task_full[place].arrive();
   }
 

@@ -93,7 +93,7 @@ def forward(problem: Problem, operands: Operands) -> None:
         return
     for index in np.ndindex(shape[:-BATCH_AXES]):  # more than one only where axes do not collapse
         filled = params(problem, chosen, ready, strides, index)
-        if chosen.kernel.exact:
+        if plan.is_hopper(chosen):
             filled = mapped(problem, chosen, ready, strides, filled)
         launch(chosen, filled)
 
@@ -126,10 +126,11 @@ def obstacle(
     if any(length > 1 for length in problem.batch[:-2]):
         return "the batch takes more than two strides"
     for name in _MAPPED:
-        if name in copied(operands):
-            continue  # the copy will do
-        if not tensor_maps.fits(*axes(problem, getattr(operands, name), strides[name])):
-            return f"`{name}` is broadcast along its rows, or has strides that are negative"
+        array = getattr(operands, name)
+        one_row = array.shape[-2] > 1 and array.strides[-2] == 0  # and in a copy as well
+        fits = tensor_maps.fits(*axes(problem, array, strides[name]))
+        if one_row or not (fits or name in copied(operands)):
+            return f"`{name}` is broadcast along its rows, or has negative or very long strides"
     return None
 
 
@@ -292,7 +293,7 @@ def params(
     filled["left"] = UNBOUNDED if problem.left is None else problem.left
     filled["right"] = UNBOUNDED if problem.right is None else problem.right
     filled["scale_log2"], filled["factor"] = folded(problem.scale, filled["factor"].dtype)
-    sweep = plan.sweep(problem, gpus.current(), persistent=chosen.kernel.exact)
+    sweep = plan.sweep(problem, gpus.current(), persistent=plan.is_hopper(chosen))
     pairs = plan.pairs_of_heads(problem)
     tiles = -(-problem.len_q // int(dict(chosen.kernel.constants)["kBlockM"]))
     filled["batch_shape"] = [divisor(length) for length in problem.batch]
@@ -317,6 +318,8 @@ def mapped(
     hopper = np.zeros((), _HOPPER_PARAMS)
     hopper["params"] = filled
     for name in _MAPPED:
+        if not getattr(operands, name).size:
+            continue  # no tile is brought of it, and it may have no address
         sizes, steps = axes(problem, getattr(operands, name), strides[name])
         rows = constants["kBlockM" if name == "q" else "kBlockN"]
         address = int(filled[name]["data"])

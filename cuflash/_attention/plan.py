@@ -228,6 +228,11 @@ def _engine(problem: Problem, gpu: Gpu, obstacle: str | None) -> tuple[Engine, s
     return _SIMT_FLOAT, "float32 on the FMA units: TF32 is no faster here"
 
 
+def is_hopper(chosen: Plan) -> bool:
+    """Whether a plan is of the kernel that takes tensor maps."""
+    return chosen.kernel.file == _HOPPER.file
+
+
 def uses_hopper(problem: Problem, gpu: Gpu) -> bool:
     """Whether wgmma and TMA are for such a problem, if nothing about its operands is against it."""
     return gpu.arch == 90 and not gpu.forced and problem.dtype in ("float16", "bfloat16")

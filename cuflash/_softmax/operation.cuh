@@ -88,7 +88,7 @@ struct LogSoftmax : Softmax {
 
 // A term of a sum, used or not.
 __device__ __forceinline__ float exp_in_any_case(float x) { return BaseE::exp_in_sum(x); }
-__device__ __forceinline__ double exp_in_any_case(double x) { return exp_of_negative_in_any_case(x); }
+__device__ __forceinline__ double exp_in_any_case(double x) { return exp_of_term_in_any_case(x); }
 
 struct LogSumExp {
   using State = LogSum;

@@ -35,10 +35,9 @@ struct Base2 {
 struct BaseE {
   static __device__ __forceinline__ float exp(float x) { return expf(x); }
   static __device__ __forceinline__ double exp(double x) { return ::exp(x); }
-  // For terms of a sum of at least 1, x <= 0. The error of floats grows with |x|, which there shrinks the term faster. Nothing is
-  // known of terms beside an infinite maximum.
+  // For terms of a sum of at least 1, x <= 0, or inf. The error of floats grows with |x|, which there shrinks the term faster.
   static __device__ __forceinline__ float exp_in_sum(float x) { return exp_2(x * float(kLog2E)); }
-  static __device__ __forceinline__ double exp_in_sum(double x) { return exp_of_negative(x); }
+  static __device__ __forceinline__ double exp_in_sum(double x) { return exp_of_term(x); }
   static __device__ __forceinline__ float log(float x) { return logf(x); }
   static __device__ __forceinline__ double log(double x) { return ::log(x); }
 

@@ -21,7 +21,7 @@ class Kernel:
     file : str
         Path of a ``.cu`` file, relative to the package.
     entry : str
-        Name of the file's one ``extern "C"`` kernel. It takes one struct, ``Params``, by value.
+        Name of the file's one ``extern "C"`` kernel. It takes one struct by value.
     constants : tuple of (str, bool | int | str)
         Declared in front of the source: integers and booleans as ``constexpr``, strings as types.
     exact : bool

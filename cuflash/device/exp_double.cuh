@@ -27,7 +27,7 @@ __device__ __forceinline__ double exp_of_near(double x) {
 
 // e^x for x <= kMostExponent and NaN, 0 below -kMostExponent. A row with +inf has others: inf of inf, and something large.
 __device__ __forceinline__ double exp_of_term(double x) {
-  return abs(x) > kMostExponent ? (x > 0 ? x : 0.0) : exp_of_near(x);
+  return fabs(x) > kMostExponent ? (x > 0 ? x : 0.0) : exp_of_near(x);
 }
 
 // e^x for x <= 0 and NaN where the caller may not use it: without a branch, which compilers would make around something so long.

@@ -290,7 +290,7 @@ struct HopperRows : Rows<HopperProducts> {
     }
   }
 
-  // P of some of the 16-key steps, its sum, and P as A fragments: two neighbouring blocks of 8 columns, rounded and paired, are one.
+  // P of some of the 16-key steps, and its sum.
   template <int kFirst, int kEnd> __device__ __forceinline__ void exponentiate(T scale) {
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {
@@ -304,6 +304,8 @@ struct HopperRows : Rows<HopperProducts> {
       pair[r].sum += sums[0] + sums[1];
     }
   }
+
+  // P as A fragments: two neighbouring blocks of 8 columns, rounded and paired, are one.
   template <int kFirst, int kEnd> __device__ __forceinline__ void pair_up() {
 #pragma unroll
     for (int k = kFirst; k < kEnd; ++k) {

@@ -125,11 +125,12 @@ def obstacle(
         return "NVRTC is older than 12.9"
     if any(length > 1 for length in problem.batch[:-2]):
         return "the batch takes more than two strides"
+    copies = copied(operands)
     for name in _MAPPED:
         array = getattr(operands, name)
         one_row = array.shape[-2] > 1 and array.strides[-2] == 0  # and in a copy as well
         fits = tensor_maps.fits(*axes(problem, array, strides[name]))
-        if one_row or not (fits or name in copied(operands)):
+        if one_row or not (fits or name in copies):
             return f"`{name}` is broadcast along its rows, or has negative or very long strides"
     return None
 
@@ -293,9 +294,8 @@ def params(
     filled["left"] = UNBOUNDED if problem.left is None else problem.left
     filled["right"] = UNBOUNDED if problem.right is None else problem.right
     filled["scale_log2"], filled["factor"] = folded(problem.scale, filled["factor"].dtype)
-    sweep = plan.sweep(problem, gpus.current(), persistent=plan.is_hopper(chosen))
-    pairs = plan.pairs_of_heads(problem)
-    tiles = -(-problem.len_q // int(dict(chosen.kernel.constants)["kBlockM"]))
+    sweep, pairs = plan.sweep(problem, gpus.current(), chosen), plan.pairs_of_heads(problem)
+    tiles = plan.query_tiles(problem, chosen)
     filled["batch_shape"] = [divisor(length) for length in problem.batch]
     filled["heads"], filled["group"] = divisor(problem.heads), divisor(problem.group)
     filled["sweep"], filled["tiles_of_sweep"] = divisor(sweep), divisor(sweep * tiles)

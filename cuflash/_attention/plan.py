@@ -93,15 +93,14 @@ class Engine:
     exact: bool = False
 
 
-PERSISTENT_QUERIES = 128  # rows of a query tile where blocks go through many
-LEAST_TOGETHER = 16  # heads of which they do at a time
+LEAST_TOGETHER = 16  # heads at a time where blocks go through many query tiles
 # One block a multiprocessor, whose loaders leave their registers to the others.
 _HOPPER = Engine(
     "_attention/forward_sm90.cu",
     (
-        (128, Tile(PERSISTENT_QUERIES, 128, 8, 2, 1, query_stages=2)),
-        (192, Tile(PERSISTENT_QUERIES, 96, 8, 2, 1)),
-        (256, Tile(PERSISTENT_QUERIES, 80, 8, 2, 1)),
+        (128, Tile(128, 128, 8, 2, 1, query_stages=2)),
+        (192, Tile(128, 96, 8, 2, 1)),
+        (256, Tile(128, 80, 8, 2, 1)),
     ),
     loaders=4,
     box=64,
@@ -338,7 +337,7 @@ def merge(dtype: str, output: str, shape: tuple[int, ...], copies: tuple[str, ..
     )
 
 
-def sweep(problem: Problem, gpu: Gpu, persistent: bool) -> int:
+def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
     """How many (batch, head) pairs advance through their query tiles together.
 
     Where rows see different numbers of keys, blocks with most work start first, in groups of heads
@@ -350,15 +349,20 @@ def sweep(problem: Problem, gpu: Gpu, persistent: bool) -> int:
     size = BYTES[problem.dtype] * problem.len_k * (problem.head_dim + problem.head_dim_v)
     pairs = pairs_of_heads(problem)
     together = max(1, gpu.l2_bytes // 2 // max(size, 1) * problem.group)
-    if not persistent or together >= pairs:
+    if not is_hopper(chosen) or together >= pairs:
         return min(pairs, together)
     # Of rounds over all blocks, to and fro, a group should leave none unfinished.
-    tiles, rounds = -(-problem.len_q // PERSISTENT_QUERIES), 2 * gpu.multiprocessors
+    tiles, rounds = query_tiles(problem, chosen), 2 * gpu.multiprocessors
     together = max(together, LEAST_TOGETHER)
     return min(
         range(min(pairs, together), min(pairs, together + rounds // math.gcd(tiles, rounds)) + 1),
         key=lambda heads: (-heads * tiles % rounds / (heads * tiles), heads),
     )
+
+
+def query_tiles(problem: Problem, chosen: Plan) -> int:
+    """Query tiles of one head."""
+    return -(-problem.len_q // int(dict(chosen.kernel.constants)["kBlockM"]))
 
 
 def pairs_of_heads(problem: Problem) -> int:

@@ -15,7 +15,7 @@ from .problem import Problem
 # Times are of float32 on an H200, in microseconds, unless told otherwise.
 WARP = 32
 LEAST_THREADS = 128  # a block
-# The same where several rows share a warp or more. Softmax of 4000 x 63: 4.45; 4.67 with 128.
+# The same where a row has a warp or less. Softmax of 4000 x 63: 4.45; 4.67 with 128.
 WARPS_THREADS = 256
 # A block that holds a row in registers, and the 32-bit registers of it that a thread holds. Softmax
 # of 4000 x 32000: 253 with these, 264 with 256 threads, 329 with 16 registers. bfloat16, two to a

@@ -21,7 +21,7 @@ __device__ __forceinline__ uint64 matrix(uint32 address, uint32 distance) {
 }
 
 // N columns of D. `shared`: A and B in shared memory, both with k side by side. `registers`: A in registers, and B with its columns
-// side by side. Without `add`, D is overwritten. `settle` is where registers that a product has written may first be read.
+// side by side. Without `adds`, D is overwritten. `settle` is where registers that a product has written may first be read.
 template <typename Element, int N> struct Products64;
 
 // clang-format off: operands 8 at a time, of 16 columns.
@@ -37,12 +37,8 @@ template <typename Element, int N> struct Products64;
   WGMMA_D_80, WGMMA_D8(20)
 #define WGMMA_D_128 \
   WGMMA_D_96, WGMMA_D8(24), WGMMA_D8(28)
-#define WGMMA_D_160 \
-  WGMMA_D_128, WGMMA_D8(32), WGMMA_D8(36)
-#define WGMMA_D_176 \
-  WGMMA_D_160, WGMMA_D8(40)
 #define WGMMA_D_192 \
-  WGMMA_D_176, WGMMA_D8(44)
+  WGMMA_D_128, WGMMA_D8(32), WGMMA_D8(36), WGMMA_D8(40), WGMMA_D8(44)
 #define WGMMA_D_256 \
   WGMMA_D_192, WGMMA_D8(48), WGMMA_D8(52), WGMMA_D8(56), WGMMA_D8(60)
 #define WGMMA_P_32 \
@@ -55,12 +51,9 @@ template <typename Element, int N> struct Products64;
   WGMMA_P_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_P_128 \
   WGMMA_P_96 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_P_160 \
-  WGMMA_P_128 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define WGMMA_P_176 \
-  WGMMA_P_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define WGMMA_P_192 \
-  WGMMA_P_176 ", %88, %89, %90, %91, %92, %93, %94, %95"
+  WGMMA_P_128 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define WGMMA_P_256 \
   WGMMA_P_192 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"

@@ -80,16 +80,19 @@ struct SharedMemory {
   Barriers& barriers;
   Task* tasks;
 
-  __device__ __forceinline__ uint32 q(int turn) const { return base + kQ + turn % kQStages * QTile::kBytes; }
-  __device__ __forceinline__ uint32 k(int turn) const { return base + kK + turn % kStages * KTile::kBytes; }
-  __device__ __forceinline__ uint32 v(int turn) const { return base + kV + turn % kStages * VTile::kBytes; }
+  __device__ __forceinline__ uint32 q(uint32 turn) const { return base + kQ + turn % kQStages * QTile::kBytes; }
+  __device__ __forceinline__ uint32 k(uint32 turn) const { return base + kK + turn % kStages * KTile::kBytes; }
+  __device__ __forceinline__ uint32 v(uint32 turn) const { return base + kV + turn % kStages * VTile::kBytes; }
 
   // Waits until task number `turn` is known.
-  __device__ __forceinline__ const Task& task(int turn) const {
+  __device__ __forceinline__ const Task& task(uint32 turn) const {
     barriers.task_full[turn % kTasks].wait(turn / kTasks);
     return tasks[turn % kTasks];
   }
 };
+
+// What all lanes of a warp have in common, for the compiler to know it.
+__device__ __forceinline__ int in_common(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // The key tiles of a query tile, in the order of their turns.
 struct KeyTiles {
@@ -97,8 +100,8 @@ struct KeyTiles {
 
   __device__ __forceinline__ explicit KeyTiles(const KeyInterval& keys) {
     const int begin = keys.begin(), end = keys.end();
-    first = begin / kBlockN;
-    count = end > begin ? (end - 1) / kBlockN + 1 - first : 0;
+    first = in_common(begin / kBlockN);
+    count = in_common(end > begin ? (end - 1) / kBlockN + 1 - first : 0);
   }
   __device__ __forceinline__ int key(int turn) const { return (first + count - 1 - turn) * kBlockN; }
 };
@@ -136,7 +139,7 @@ __device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, cons
 struct Scheduler {
   const HopperParams& hopper;
   SharedMemory smem;
-  int turn = 0;
+  uint32 turn = 0;
 
   __device__ __forceinline__ void run(uint32 jobs) {
 #pragma unroll 1
@@ -148,7 +151,7 @@ struct Scheduler {
         continue;
       }
       announce([&](Task& place) { place = task; });
-      const int stage = turn % kQStages;
+      const uint32 stage = turn % kQStages;
       smem.barriers.q_empty[stage].wait(turn / kQStages - 1);
       bring_tile<QTile>(smem.q(turn), hopper.q, hopper.params.q, smem.barriers.q_full[stage], index.tile * kBlockM, index.head, task.batch);
       ++turn;
@@ -157,7 +160,7 @@ struct Scheduler {
   }
 
   template <typename Write> __device__ __forceinline__ void announce(Write write) const {
-    const int place = turn % kTasks;
+    const uint32 place = turn % kTasks;
     smem.barriers.task_empty[place].wait(turn / kTasks - 1);
     __syncwarp();  // all lanes have seen that
     if (threadIdx.x % 32 != 0) return;
@@ -180,10 +183,10 @@ struct Scheduler {
 struct Loader {
   const HopperParams& hopper;
   SharedMemory smem;
-  int turn = 0, raw_turn = 0;
+  uint32 turn = 0, raw_turn = 0;
 
   __device__ __forceinline__ void run() {
-    for (int number = 0;; ++number) {
+    for (uint32 number = 0;; ++number) {
       const Task task = smem.task(number);
       if (task.keys.rows == 0) return;
       const KeyTiles tiles(task.keys);
@@ -196,15 +199,16 @@ struct Loader {
     }
   }
 
-  __device__ __forceinline__ void bring_k(const Task& task, int key, int turn) {
-    const int stage = turn % kStages;
+  __device__ __forceinline__ void bring_k(const Task& task, int key, uint32 turn) {
+    const uint32 stage = turn % kStages;
     smem.barriers.k_empty[stage].wait(turn / kStages - 1);
     bring_tile<KTile>(smem.k(turn), hopper.k, hopper.params.k, smem.barriers.k_full[stage], key, task.kv_head, task.batch);
   }
 
   // Of V, keys that no row may see become 0: 0 times what lies there may be NaN. At most the first and the last tile have some.
   __device__ __forceinline__ void bring_v(const Task& task, int key) {
-    const int stage = turn % kStages, begin = task.keys.begin() - key, end = task.keys.end() - key;
+    const uint32 stage = turn % kStages;
+    const int begin = task.keys.begin() - key, end = task.keys.end() - key;
     const bool whole = begin <= 0 && (end >= kBlockN || end + key >= hopper.params.len_k);
     Barrier &full = smem.barriers.v_full[stage], &raw = smem.barriers.v_raw;
     smem.barriers.v_empty[stage].wait(turn / kStages - 1);
@@ -254,6 +258,8 @@ struct HopperProducts : MmaLayout {
 struct HopperRows : Rows<HopperProducts> {
   using Products = HopperProducts;
   static constexpr int kSteps = kBlockN / 16;
+  static constexpr T kLowest = -3.4028234e38f;  // the reference of rows that have seen nothing: any score exceeds it by far
+  static constexpr bool kHopeful = kSlack > 0 && kHeadDimV <= 128;  // for want of registers: S is kept
   uint32 p[kSteps][4];
 
   // The largest of each row's scores in this thread. In two chains, for one would wait for itself.
@@ -267,14 +273,12 @@ struct HopperRows : Rows<HopperProducts> {
     }
   }
 
-  // The references of a new query tile. O is not looked at: it is still the one before's.
+  // The references of a new query tile, finite ones. O is not looked at: it is still the one before's.
   __device__ __forceinline__ void begin(T scale) {
     T highest[Products::kRows];
     find_highest(highest);
 #pragma unroll
-    for (int r = 0; r < Products::kRows; ++r) {
-      pair[r] = {scale * across_row<Products::kRowLanes>(highest[r], [](T a, T b) { return max_of(a, b); }), T(0)};
-    }
+    for (int r = 0; r < Products::kRows; ++r) pair[r] = {max_of(kLowest, scale * highest_of_row(highest[r])), T(0)};
   }
 
   // Raises references that scores exceed by more than kSlack. O is rescaled then, once `settle` has it complete.
@@ -290,31 +294,63 @@ struct HopperRows : Rows<HopperProducts> {
     }
   }
 
-  // P of some of the 16-key steps, and its sum.
-  template <int kFirst, int kEnd> __device__ __forceinline__ void exponentiate(T scale) {
+  // The weights of some of the 16-key steps, and their sums.
+  template <int kFirst, int kCount>
+  __device__ __forceinline__ void exponentiate(T scale, T (&weights)[Products::kRows][4 * kCount], T (&sums)[Products::kRows][2]) const {
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {
-      const T reference = finite_reference(pair[r].max);
-      T sums[2] = {0, 0};
 #pragma unroll
-      for (int c = 4 * kFirst; c < 4 * kEnd; ++c) {
-        s[r][c] = exp_2(s[r][c] * scale - reference);
-        sums[c % 2] += s[r][c];
+      for (int c = 0; c < 4 * kCount; ++c) {
+        weights[r][c] = exp_2(s[r][4 * kFirst + c] * scale - pair[r].max);
+        sums[r][c % 2] += weights[r][c];
       }
-      pair[r].sum += sums[0] + sums[1];
     }
   }
 
-  // P as A fragments: two neighbouring blocks of 8 columns, rounded and paired, are one.
-  template <int kFirst, int kEnd> __device__ __forceinline__ void pair_up() {
+  // They become P as A fragments: two neighbouring blocks of 8 columns, rounded and paired, are one.
+  template <int kFirst, int kCount> __device__ __forceinline__ void pair_up(const T (&weights)[Products::kRows][4 * kCount]) {
 #pragma unroll
-    for (int k = kFirst; k < kEnd; ++k) {
+    for (int k = 0; k < kCount; ++k) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int c = 4 * k + i / 2 * 2;
-        p[k][i] = narrow_pair<Element>(s[i % 2][c], s[i % 2][c + 1]);
+        p[kFirst + k][i] = narrow_pair<Element>(weights[i % 2][c], weights[i % 2][c + 1]);
       }
     }
+  }
+
+  template <int kFirst, int kEnd> __device__ __forceinline__ void make_weights(T scale, T (&sums)[Products::kRows][2]) {
+    T weights[Products::kRows][4 * (kEnd - kFirst)];
+    exponentiate<kFirst, kEnd - kFirst>(scale, weights, sums);
+    pair_up<kFirst, kEnd - kFirst>(weights);
+  }
+
+  // Looks at the sums of a tile whose P was made without looking at its scores first. Where one is so large that a score may exceed the
+  // reference by more than kSlack, that follows, and so do O, which is complete, and P.
+  template <bool kIsRight> __device__ __forceinline__ void check(T scale, T (&sums)[Products::kRows][2]) {
+    bool behind = false;
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) behind |= sums[r][0] + sums[r][1] > T(1 << kSlack);
+    if (kHopeful && !kIsRight && seldom(__any_sync(0xffffffffu, behind))) {
+      T highest[Products::kRows];
+      find_highest(highest);
+#pragma unroll
+      for (int r = 0; r < Products::kRows; ++r) {
+        // Of each row by itself, so that rows do not depend on one another.
+        const T score = scale * highest_of_row(highest[r]), sum = highest_of_row(sums[r][0] + sums[r][1]);
+        const T factor = sum > T(1 << kSlack) ? pair[r].raise(score) : T(1);
+        sums[r][0] = sums[r][1] = 0;
+#pragma unroll
+        for (int c = 0; c < Products::kOutputs; ++c) o[r][c] *= factor;
+      }
+      make_weights<0, kSteps>(scale, sums);
+    }
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) pair[r].sum += sums[r][0] + sums[r][1];
+  }
+
+  static __device__ __forceinline__ T highest_of_row(T x) {
+    return across_row<Products::kRowLanes>(x, [](T a, T b) { return max_of(a, b); });
   }
 
   // O / d and the logarithm of the sum, as of Rows.
@@ -326,7 +362,8 @@ struct HopperRows : Rows<HopperProducts> {
       const int row = Products::row(r);
       const bool exists = row < task.keys.rows;
       pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
-      const bool empty = pair[r].max == -infinity<T>() && pair[r].sum == T(0);  // and no NaN
+      const bool empty = pair[r].max == kLowest && pair[r].sum == T(0);  // and no NaN
+      if (empty) pair[r].max = -infinity<T>();
       if (exists && task.lse != nullptr && Products::key(0) == 0) task.lse[row * params.lse.row] = pair[r].log_sum() * T(kLn2);
       const T inverse = T(1) / pair[r].sum;
       Output* out = task.out + row * params.out.row;
@@ -378,10 +415,10 @@ struct Multiplier {
   SharedMemory smem;
   uint64 q_matrix, k_matrix, v_matrix;  // of the first stages
   HopperRows rows;
-  int q_turn = -1, turn = -1;  // the newest
+  uint32 q_turn = 0, turn = 0;  // the newest
 
   __device__ __forceinline__ Multiplier(const Params& params, SharedMemory smem) : params(params), smem(smem) {
-    const int group = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);  // which warps have in common
+    const int group = in_common(int(threadIdx.x) / 128);
     q_matrix = matrix(smem.q(0) + group * 64 * 2 * kBox, 0);
     k_matrix = matrix(smem.k(0), 0);
     v_matrix = matrix(smem.v(0), VTile::kBoxBytes);
@@ -390,11 +427,13 @@ struct Multiplier {
   __device__ __forceinline__ bool leads() const { return threadIdx.x % 128 == 0; }
 
   __device__ __forceinline__ void run() {
-    if (!next_task()) return;
-    start_scores(++turn);
+    if (!take_task()) return;
+    start_scores(turn);
     products_wait<0>();
     begin_task();
-    rows.pair_up<0, kSteps>();
+    float sums[2][2] = {};
+    rows.make_weights<0, kSteps>(params.scale_log2, sums);
+    rows.check<true>(params.scale_log2, sums);
 #pragma unroll 1
     for (;;) {
       const Task task = smem.tasks[q_turn % kTasks];
@@ -402,36 +441,28 @@ struct Multiplier {
       const SeenByAll seen(task.keys);
       if (tiles.count > 1) wait_for_k(turn + 1);
 #pragma unroll 1
-      for (int key = tiles.key(1); key >= tiles.first * kBlockN; key -= kBlockN) {
+      for (int i = 1; i < tiles.count; ++i) {
         start_scores(++turn);
-        start_outputs(turn - 1, key < tiles.key(1));
+        start_outputs(turn - 1, i > 1);
         products_wait<1>();
-        have_scores(task.keys, seen, key);
-        if (key > tiles.first * kBlockN) wait_for_k(turn + 1);  // now, so that its product will be started at once
-        rows.follow(params.scale_log2, [&] { have_outputs(); });
-        rows.exponentiate<0, kHalf>(params.scale_log2);
-        stay_here(rows.pair[0].sum + rows.pair[1].sum);
-        have_outputs();
-        release_v(turn - 1);
-        rows.pair_up<0, kHalf>();
-        rows.exponentiate<kHalf, kSteps>(params.scale_log2);
-        rows.pair_up<kHalf, kSteps>();
+        have_scores(task.keys, seen, tiles.key(i));
+        if (i + 1 < tiles.count) wait_for_k(turn + 1);  // now, so that its product will be started at once
+        make_weights<false>();
       }
       if (leads()) smem.barriers.q_empty[q_turn % kQStages].arrive();
       release_task();
       RunningPair<float> sums[2] = {rows.pair[0], rows.pair[1]};
-      const bool more = next_task();
+      ++q_turn;
+      ++turn;
+      const bool more = take_task();
       if (more) {
-        start_scores(++turn);
+        start_scores(turn);
         start_outputs(turn - 1, tiles.count > 1);
         products_wait<1>();
         begin_task();
-        stay_here(rows.pair[0].sum + rows.pair[1].sum);
-        have_outputs();
-        release_v(turn - 1);
-        rows.pair_up<0, kSteps>();
+        make_weights<true>();
       } else {
-        start_outputs(turn, tiles.count > 1);
+        start_outputs(turn - 1, tiles.count > 1);
         have_outputs();
       }
       rows.finish(params, task, sums);
@@ -445,12 +476,11 @@ struct Multiplier {
     if (threadIdx.x % 32 == 0) smem.barriers.task_empty[q_turn % kTasks].arrive();
   }
 
-  // Waits for the next query tile and its first key tile.
-  __device__ __forceinline__ bool next_task() {
-    ++q_turn;
+  // Waits for the query tile and its first key tile.
+  __device__ __forceinline__ bool take_task() {
     if (smem.task(q_turn).keys.rows == 0) return false;
     smem.barriers.q_full[q_turn % kQStages].wait(q_turn / kQStages);
-    wait_for_k(turn + 1);
+    wait_for_k(turn);
     return true;
   }
 
@@ -459,17 +489,30 @@ struct Multiplier {
     const KeyInterval keys = smem.tasks[q_turn % kTasks].keys;
     have_scores(keys, SeenByAll(keys), KeyTiles(keys).key(0));
     rows.begin(params.scale_log2);
-    rows.exponentiate<0, kSteps>(params.scale_log2);
   }
 
-  __device__ __forceinline__ void wait_for_k(int turn) { smem.barriers.k_full[turn % kStages].wait(turn / kStages); }
+  // P of the newest turn. The first half of it waits in other registers until the product that reads the P before is complete.
+  template <bool kFirstOfTask> __device__ __forceinline__ void make_weights() {
+    if (!HopperRows::kHopeful && !kFirstOfTask) rows.follow(params.scale_log2, [&] { have_outputs(); });
+    float sums[Products::kRows][2] = {};
+    float half[Products::kRows][4 * kHalf];
+    rows.exponentiate<0, kHalf>(params.scale_log2, half, sums);
+    stay_here(sums[0][0] + sums[1][0]);
+    have_outputs();
+    release_v(turn - 1);
+    rows.pair_up<0, kHalf>(half);
+    rows.make_weights<kHalf, kSteps>(params.scale_log2, sums);
+    rows.check<kFirstOfTask>(params.scale_log2, sums);
+  }
 
-  __device__ __forceinline__ void start_scores(int turn) {
+  __device__ __forceinline__ void wait_for_k(uint32 turn) { smem.barriers.k_full[turn % kStages].wait(turn / kStages); }
+
+  __device__ __forceinline__ void start_scores(uint32 turn) {
     const uint64 q = q_matrix + q_turn % kQStages * (QTile::kBytes / 16), k = k_matrix + turn % kStages * (KTile::kBytes / 16);
     Products::start_scores(rows.s, q, k);
   }
 
-  __device__ __forceinline__ void start_outputs(int turn, bool adds) {
+  __device__ __forceinline__ void start_outputs(uint32 turn, bool adds) {
     smem.barriers.v_full[turn % kStages].wait(turn / kStages);
     Products::start_outputs(rows.o, rows.p, v_matrix + turn % kStages * (VTile::kBytes / 16), adds);
   }
@@ -478,8 +521,11 @@ struct Multiplier {
   __device__ __forceinline__ void have_scores(const KeyInterval& keys, const SeenByAll& seen, int key) {
     Products::Scores::settle(rows.s);
     if (leads()) smem.barriers.k_empty[turn % kStages].arrive();
-    if (params.factor != 1) rows.multiply_scores(params.factor);
-    if (!seen.has_tile(key)) rows.mask(keys, key);
+    const bool masked = !seen.has_tile(key);
+    if (seldom(masked || params.factor != 1)) {
+      if (params.factor != 1) rows.multiply_scores(params.factor);
+      if (masked) rows.mask(keys, key);
+    }
   }
 
   __device__ __forceinline__ void have_outputs() {
@@ -487,7 +533,7 @@ struct Multiplier {
     Products::Outputs::settle(rows.o);
   }
 
-  __device__ __forceinline__ void release_v(int turn) {
+  __device__ __forceinline__ void release_v(uint32 turn) {
     if (leads()) smem.barriers.v_empty[turn % kStages].arrive();
   }
 

@@ -22,7 +22,7 @@ struct Barrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
   }
   // Until phase `number` has ended; the one before 0 has.
-  __device__ __forceinline__ void wait(int number) const {
+  __device__ __forceinline__ void wait(uint32 number) const {
     asm volatile(
         "{\n\t.reg .pred done;\n"
         "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"

@@ -95,3 +95,6 @@ __device__ __forceinline__ int recomputed(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+
+// The condition, and that the compiler should put what depends on it out of the way.
+__device__ __forceinline__ bool seldom(bool condition) { return __builtin_expect(condition, false); }

@@ -10,16 +10,18 @@
 //
 // Constants: those of tile_loop.cuh, where kThreads are those that multiply, and
 //   kQStages   query tiles in shared memory at a time
+//   kStaged    O leaves by way of shared memory, stored by TMA
 #include "_attention/mma_layout.cuh"
 #include "_attention/tile_loop.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 
 constexpr int kLoaders = 128;  // threads of the warpgroup that has tiles brought, behind the others
+constexpr int kGroups = kThreads / 128;  // warpgroups that multiply, each 64 rows
 constexpr int kBox = 64;       // columns of 16 bits that TMA brings at a time: rows of 128 bytes
 
 struct HopperParams {
-  TensorMap q, k, v;  // (column, row, head, batch, batch) -> element
+  TensorMap q, k, v, out;  // (column, row, head, batch, batch) -> element; out only if kStaged
   Params params;
 };
 
@@ -37,6 +39,7 @@ template <int kRows_, int kColumns> struct BoxedTile {
 using QTile = BoxedTile<kBlockM, kHeadDim>;
 using KTile = BoxedTile<kBlockN, kHeadDim>;
 using VTile = BoxedTile<kBlockN, kHeadDimV>;
+using OTile = BoxedTile<kBlockM, kHeadDimV>;
 
 // The block goes to and fro over the query tiles, which come with those that see most keys first: so all blocks have as much to do.
 struct Job {
@@ -48,27 +51,42 @@ struct Job {
   }
 };
 
+// The key tiles that some query rows see, in the order of their turns: from the last to the first.
+struct KeyTiles {
+  int first, count;
+
+  __device__ __forceinline__ KeyTiles(int begin, int end) {
+    first = begin / kBlockN;
+    count = end > begin ? (end - 1) / kBlockN + 1 - first : 0;
+  }
+  __device__ __forceinline__ int last() const { return first + count - 1; }
+  __device__ __forceinline__ int key(int turn) const { return (last() - turn) * kBlockN; }
+};
+
 // A query tile as all warps must know it.
 struct Task {
   KeyInterval keys;  // of no rows: there is nothing more to do
-  int kv_head, batch[2];
-  Output* out;  // the tile's first row
-  float* lse;   // null where it is not wanted
+  KeyTiles tiles;    // that any of the rows sees
+  int row, head, kv_head, batch[2];
 
-  __device__ __forceinline__ Task(const Params& params, const BlockIndex& index) : keys(params, index), kv_head(index.head) {
+  __device__ __forceinline__ Task(const Params& params, const BlockIndex& index)
+      : keys(params, index), tiles(keys.begin(), keys.end()), row(index.tile * kBlockM), head(index.head), kv_head(index.head) {
     params.group.take(kv_head);
     for (int i = 0; i < 2; ++i) batch[i] = index.batch[kBatchAxes - 1 - i];
-    const int64 top = index.tile * kBlockM;
-    out = index.rows_of(params.out, index.head) + top * params.out.row;
-    lse = params.lse.data == nullptr ? nullptr : index.rows_of(params.lse, index.head) + top * params.lse.row;
+  }
+
+  // The tile's first row of an array: the batch has two axes at most.
+  template <typename T> __device__ __forceinline__ T* rows_of(const Strided<T>& array) const {
+    return array.data + batch[0] * array.batch[kBatchAxes - 1] + batch[1] * array.batch[kBatchAxes - 2] + head * array.head + row * array.row;
   }
 };
 
-constexpr int kTasks = 2;  // known at a time
+constexpr int kTasks = 4;  // known at a time: one is being stored, one exponentiated, and two come next
 
 struct SharedMemory {
   static constexpr int kQ = 0, kK = kQStages * QTile::kBytes, kV = kK + kStages * KTile::kBytes;
-  static constexpr int kBarriers = kV + kStages * VTile::kBytes, kTaskList = kBarriers + 256, kBytes = kTaskList + 128;
+  static constexpr int kO = kV + kStages * VTile::kBytes;
+  static constexpr int kBarriers = kO + (kStaged ? OTile::kBytes : 0), kTaskList = kBarriers + 256, kBytes = kTaskList + 512;
 
   struct Barriers {
     Barrier task_full[kTasks], task_empty[kTasks], q_full[kQStages], q_empty[kQStages];
@@ -84,32 +102,22 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 k(uint32 turn) const { return base + kK + turn % kStages * KTile::kBytes; }
   __device__ __forceinline__ uint32 v(uint32 turn) const { return base + kV + turn % kStages * VTile::kBytes; }
 
-  // Waits until task number `turn` is known.
+  // Task number `turn`, once it is known.
   __device__ __forceinline__ const Task& task(uint32 turn) const {
     barriers.task_full[turn % kTasks].wait(turn / kTasks);
-    return tasks[turn % kTasks];
+    return known_task(turn);
   }
+  __device__ __forceinline__ const Task& known_task(uint32 turn) const { return tasks[turn % kTasks]; }
 };
 
 // What all lanes of a warp have in common, for the compiler to know it.
 __device__ __forceinline__ int in_common(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// The key tiles of a query tile, in the order of their turns.
-struct KeyTiles {
-  int first, count;
-
-  __device__ __forceinline__ explicit KeyTiles(const KeyInterval& keys) {
-    const int begin = keys.begin(), end = keys.end();
-    first = in_common(begin / kBlockN);
-    count = in_common(end > begin ? (end - 1) / kBlockN + 1 - first : 0);
-  }
-  __device__ __forceinline__ int key(int turn) const { return (first + count - 1 - turn) * kBlockN; }
-};
-
 // The keys that all rows of this warp see, for what lies within needs no mask. Rows that do not exist do not count.
 struct SeenByAll {
   int begin = 0, end = 1 << 30;
 
+  SeenByAll() = default;
   __device__ __forceinline__ explicit SeenByAll(const KeyInterval& keys) {
     const int top = MmaLayout::warp_row(), bottom = min_of(top + MmaLayout::kWarpRows, keys.rows) - 1;
     if (bottom < top) return;
@@ -119,19 +127,32 @@ struct SeenByAll {
   __device__ __forceinline__ bool has_tile(int key) const { return begin <= key && key + kBlockN <= end; }
 };
 
+// Along a broadcast axis an array has one place.
+__device__ __forceinline__ int place(int at, int64 stride) { return stride == 0 ? 0 : at; }
+
 // Has all boxes of a tile brought, by one lane of a warp, once all lanes have come here: one that lagged two phases behind would wait
-// for ever. Along a broadcast axis the array has one place.
+// for ever.
 template <typename Tile, typename T>
 __device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, const Strided<T>& array, Barrier& barrier, int row, int head,
                                            const int (&batch)[2]) {
   __syncwarp();  // all lanes have seen the barriers before
   if (threadIdx.x % 32 != 0) return;
-  const auto place = [](int at, int64 stride) { return stride == 0 ? 0 : at; };
   barrier.expect(Tile::kBytes);
 #pragma unroll
   for (int box = 0; box < Tile::kBoxes; ++box) {
     bring(to + box * Tile::kBoxBytes, map, barrier, box * kBox, row, place(head, array.head),
           place(batch[0], array.batch[kBatchAxes - 1]), place(batch[1], array.batch[kBatchAxes - 2]));
+  }
+}
+
+// Has a warp fill in rows of a query tile that see no key: 0, and -inf.
+__device__ __forceinline__ void fill_in(const Params& params, const Task& task, int first_row, int end_row) {
+  Output* out = task.rows_of(params.out);
+  float* lse = task.rows_of(params.lse);
+#pragma unroll 1
+  for (int row = first_row; row < end_row; ++row) {
+    for (int c = threadIdx.x % 32; c < params.head_dim_v; c += 32) out[row * params.out.row + c] = narrow<Output>(0.0f);
+    if (params.lse.data != nullptr && threadIdx.x % 32 == 0) lse[row * params.lse.row] = -infinity<float>();
   }
 }
 
@@ -144,16 +165,16 @@ struct Scheduler {
   __device__ __forceinline__ void run(uint32 jobs) {
 #pragma unroll 1
     for (Job job; job.number() < jobs; ++job.round) {
-      const BlockIndex index(hopper.params, job.number());
-      const Task task(hopper.params, index);
-      if (KeyTiles(task.keys).count == 0) {
-        fill_in(task);
+      const Task task(hopper.params, BlockIndex(hopper.params, job.number()));
+      if (task.tiles.count == 0) {
+        fill_in(hopper.params, task, 0, task.keys.rows);
         continue;
       }
       announce([&](Task& place) { place = task; });
+      const Task& known = smem.known_task(turn);  // it need not be held while Q is waited for
       const uint32 stage = turn % kQStages;
       smem.barriers.q_empty[stage].wait(turn / kQStages - 1);
-      bring_tile<QTile>(smem.q(turn), hopper.q, hopper.params.q, smem.barriers.q_full[stage], index.tile * kBlockM, index.head, task.batch);
+      bring_tile<QTile>(smem.q(turn), hopper.q, hopper.params.q, smem.barriers.q_full[stage], known.row, known.head, known.batch);
       ++turn;
     }
     announce([](Task& place) { place.keys.rows = 0; });
@@ -167,57 +188,65 @@ struct Scheduler {
     write(smem.tasks[place]);
     smem.barriers.task_full[place].arrive();
   }
+};
 
-  // 0, and -inf.
-  __device__ __forceinline__ void fill_in(const Task& task) const {
-    const Params& params = hopper.params;
-#pragma unroll 1
-    for (int row = 0; row < task.keys.rows; ++row) {
-      for (int c = threadIdx.x % 32; c < params.head_dim_v; c += 32) task.out[row * params.out.row + c] = narrow<Output>(0.0f);
-      if (task.lse != nullptr && threadIdx.x % 32 == 0) task.lse[row * params.lse.row] = -infinity<float>();
-    }
+// A key tile of the sequence that a block goes through: those of one query tile after another.
+struct Turn {
+  uint32 number = ~0u, task = ~0u;  // of the key tile, and of the query tile
+  int tile = 0, last = 0;           // the key tile's place, and that of the query tile's last turn
+
+  // Goes on to the next one, once it is known; false if there is none.
+  __device__ __forceinline__ bool advance(const SharedMemory& smem) {
+    ++number;
+    if (tile-- > last) return true;
+    const Task& next = smem.task(++task);
+    tile = next.tiles.last();
+    last = next.tiles.first;
+    return next.keys.rows > 0;
   }
 };
 
-// A warp that has K and V brought, each tile as soon as its place is free. Turns count through all query tiles.
+// A warp that has K and V brought, each tile as soon as its place is free, K one turn ahead of V.
 struct Loader {
   const HopperParams& hopper;
   SharedMemory smem;
-  uint32 turn = 0, raw_turn = 0;
+  uint32 raw_turn = 0;
 
   __device__ __forceinline__ void run() {
-    for (uint32 number = 0;; ++number) {
-      const Task task = smem.task(number);
-      if (task.keys.rows == 0) return;
-      const KeyTiles tiles(task.keys);
-      bring_k(task, tiles.key(0), turn);
+    Turn next;
+    bool more = next.advance(smem);
+    if (more) bring_k(next);
 #pragma unroll 1
-      for (int i = 0; i < tiles.count; ++i, ++turn) {
-        if (i + 1 < tiles.count) bring_k(task, tiles.key(i + 1), turn + 1);
-        bring_v(task, tiles.key(i));
-      }
+    while (more) {
+      const Turn turn = next;
+      more = next.advance(smem);
+      if (more) bring_k(next);
+      bring_v(turn);
     }
   }
 
-  __device__ __forceinline__ void bring_k(const Task& task, int key, uint32 turn) {
-    const uint32 stage = turn % kStages;
-    smem.barriers.k_empty[stage].wait(turn / kStages - 1);
-    bring_tile<KTile>(smem.k(turn), hopper.k, hopper.params.k, smem.barriers.k_full[stage], key, task.kv_head, task.batch);
+  __device__ __forceinline__ void bring_k(const Turn& turn) const {
+    const Task& task = smem.known_task(turn.task);
+    const uint32 stage = turn.number % kStages;
+    smem.barriers.k_empty[stage].wait(turn.number / kStages - 1);
+    bring_tile<KTile>(smem.k(turn.number), hopper.k, hopper.params.k, smem.barriers.k_full[stage], turn.tile * kBlockN, task.kv_head,
+                      task.batch);
   }
 
   // Of V, keys that no row may see become 0: 0 times what lies there may be NaN. At most the first and the last tile have some.
-  __device__ __forceinline__ void bring_v(const Task& task, int key) {
-    const uint32 stage = turn % kStages;
-    const int begin = task.keys.begin() - key, end = task.keys.end() - key;
+  __device__ __forceinline__ void bring_v(const Turn& turn) {
+    const Task& task = smem.known_task(turn.task);
+    const uint32 stage = turn.number % kStages;
+    const int key = turn.tile * kBlockN, begin = task.keys.begin() - key, end = task.keys.end() - key;
     const bool whole = begin <= 0 && (end >= kBlockN || end + key >= hopper.params.len_k);
     Barrier &full = smem.barriers.v_full[stage], &raw = smem.barriers.v_raw;
-    smem.barriers.v_empty[stage].wait(turn / kStages - 1);
-    bring_tile<VTile>(smem.v(turn), hopper.v, hopper.params.v, whole ? full : raw, key, task.kv_head, task.batch);
+    smem.barriers.v_empty[stage].wait(turn.number / kStages - 1);
+    bring_tile<VTile>(smem.v(turn.number), hopper.v, hopper.params.v, whole ? full : raw, key, task.kv_head, task.batch);
     if (whole) return;
     raw.wait(raw_turn++);
 #pragma unroll 1
     for (int row = 0; row < kBlockN; ++row) {
-      if (row < begin || row >= end) clear_row(smem.v(turn), row);
+      if (row < begin || row >= end) clear_row(smem.v(turn.number), row);
     }
     show_written();
     __syncwarp();  // all have cleared theirs
@@ -353,28 +382,82 @@ struct HopperRows : Rows<HopperProducts> {
     return across_row<Products::kRowLanes>(x, [](T a, T b) { return max_of(a, b); });
   }
 
-  // O / d and the logarithm of the sum, as of Rows.
-  __device__ __forceinline__ void finish(const Params& params, const Task& task, RunningPair<T> (&pair)[Products::kRows]) {
+  // Scores of keys that their row may not see become -inf: replaced, so that a NaN among them does not survive. Which ones a row sees are
+  // bits: of a thread's scores, in the order of their keys, those before an end and not before a beginning.
+  __device__ __forceinline__ void mask(const KeyInterval& keys, int first_key) {
+    static_assert(Products::kScores <= 32, "a bit for each score");
+    const int block_row = recomputed(0);
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      const int row = block_row + Products::row(r), own = first_key + Products::key(0);
+      const uint32 seen = before(keys.end(row) - own) & ~before(keys.begin(row) - own);
+#pragma unroll
+      for (int c = 0; c < Products::kScores; ++c) {
+        if (!(seen & 1u << c)) s[r][c] = -infinity<T>();
+      }
+    }
+  }
+
+  // The bits of the scores whose keys, counted from this thread's first, are below `end`: two of every eight are its own.
+  static __device__ __forceinline__ uint32 before(int end) {
+    const int count = clamp(end >= 0 ? end / 8 * 2 + min_of(end % 8, 2) : 0, 0, 32);
+    return count == 32 ? ~0u : (1u << count) - 1;
+  }
+
+  // The query tile's sums are complete: lse goes out. Gives what O is to be multiplied by.
+  __device__ __forceinline__ void close(const Params& params, const Task& task, T (&inverse)[Products::kRows]) {
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      const int row = Products::row(r);
+      pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
+      const bool empty = pair[r].max == kLowest && pair[r].sum == T(0);  // and no NaN
+      if (row < task.keys.rows && params.lse.data != nullptr && Products::key(0) == 0) {
+        task.rows_of(params.lse)[row * params.lse.row] = empty ? -infinity<T>() : pair[r].log_sum() * T(kLn2);
+      }
+      inverse[r] = empty ? T(0) : T(1) / pair[r].sum;
+    }
+  }
+
+  // O / d. Rows that saw no key become 0, whatever V holds.
+  __device__ __forceinline__ void normalize(const T (&inverse)[Products::kRows]) {
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < Products::kOutputs; ++c) o[r][c] *= inverse[r];
+      if (seldom(__any_sync(0xffffffffu, inverse[r] == T(0)))) {
+#pragma unroll
+        for (int c = 0; c < Products::kOutputs; ++c) o[r][c] = inverse[r] == T(0) ? T(0) : o[r][c];
+      }
+    }
+  }
+
+  // Leaves O in shared memory, for TMA.
+  __device__ __forceinline__ void stage(uint32 o_smem) const {
+    const int lane = threadIdx.x % 32, row = Products::warp_row() + lane % 16;
+#pragma unroll
+    for (int c = 0; c < Products::kOutputs; c += 4) {
+      const int block = c / 2 + lane / 16;  // of 8 columns; the lanes of each half of a warp name the rows of one
+      const uint32 at = o_smem + block / 8 * OTile::kBoxBytes + row * 2 * kBox + (block % 8 ^ row % 8) * 16;
+      store_matrices(at, narrow_pair<Element>(o[0][c], o[0][c + 1]), narrow_pair<Element>(o[1][c], o[1][c + 1]),
+                     narrow_pair<Element>(o[0][c + 2], o[0][c + 3]), narrow_pair<Element>(o[1][c + 2], o[1][c + 3]));
+    }
+  }
+
+  __device__ __forceinline__ void store(const Params& params, const Task& task) const {
     const bool whole = params.head_dim_v >= kHeadDimV;
-    const uint64 alignment = reinterpret_cast<uint64>(task.out) | params.out.row * sizeof(Output);
+    Output* top = task.rows_of(params.out);
+    const uint64 alignment = reinterpret_cast<uint64>(top) | params.out.row * sizeof(Output);
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {
       const int row = Products::row(r);
       const bool exists = row < task.keys.rows;
-      pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
-      const bool empty = pair[r].max == kLowest && pair[r].sum == T(0);  // and no NaN
-      if (empty) pair[r].max = -infinity<T>();
-      if (exists && task.lse != nullptr && Products::key(0) == 0) task.lse[row * params.lse.row] = pair[r].log_sum() * T(kLn2);
-      const T inverse = T(1) / pair[r].sum;
-      Output* out = task.out + row * params.out.row;
-#pragma unroll
-      for (int c = 0; c < Products::kOutputs; ++c) o[r][c] = empty ? T(0) : o[r][c] * inverse;
+      Output* out = top + row * params.out.row;
       if (sizeof(Output) == 2 && whole && alignment % 16 == 0) {
         store_blocks(out, o[r], exists);
       } else if (exists && whole && alignment % (2 * sizeof(Output)) == 0) {
         store_pairs(out, o[r]);
       } else if (exists) {
-        store(out, o[r], params.head_dim_v);
+        Rows::store(out, o[r], params.head_dim_v);
       }
     }
   }
@@ -406,19 +489,23 @@ struct HopperRows : Rows<HopperProducts> {
   }
 };
 
-// A warpgroup, which has 64 rows of every query tile.
+// A warpgroup, which has 64 rows of every query tile. Of the tile's keys it leaves out those that none of its rows sees.
 struct Multiplier {
   using Products = HopperProducts;
   static constexpr int kSteps = HopperRows::kSteps, kHalf = kSteps / 2;
 
+  const HopperParams& hopper;
   const Params& params;
   SharedMemory smem;
+  int group;
   uint64 q_matrix, k_matrix, v_matrix;  // of the first stages
   HopperRows rows;
   uint32 q_turn = 0, turn = 0;  // the newest
+  KeyTiles tiles{0, 0};         // of the newest query tile, that this warpgroup's rows see
+  SeenByAll seen;
 
-  __device__ __forceinline__ Multiplier(const Params& params, SharedMemory smem) : params(params), smem(smem) {
-    const int group = in_common(int(threadIdx.x) / 128);
+  __device__ __forceinline__ Multiplier(const HopperParams& hopper, SharedMemory smem) : hopper(hopper), params(hopper.params), smem(smem) {
+    group = in_common(int(threadIdx.x) / 128);
     q_matrix = matrix(smem.q(0) + group * 64 * 2 * kBox, 0);
     k_matrix = matrix(smem.k(0), 0);
     v_matrix = matrix(smem.v(0), VTile::kBoxBytes);
@@ -427,85 +514,124 @@ struct Multiplier {
   __device__ __forceinline__ bool leads() const { return threadIdx.x % 128 == 0; }
 
   __device__ __forceinline__ void run() {
-    if (!take_task()) return;
-    start_scores(turn);
-    products_wait<0>();
-    begin_task();
-    float sums[2][2] = {};
-    rows.make_weights<0, kSteps>(params.scale_log2, sums);
-    rows.check<true>(params.scale_log2, sums);
+    while (find_task()) {
+      start_scores(turn);
+      products_wait<0>();
+      have_scores(tiles.key(0));
+      rows.begin(params.scale_log2);
+      float sums[Products::kRows][2] = {};
+      rows.make_weights<0, kSteps>(params.scale_log2, sums);
+      rows.check<true>(params.scale_log2, sums);
 #pragma unroll 1
-    for (;;) {
-      const Task task = smem.tasks[q_turn % kTasks];
-      const KeyTiles tiles(task.keys);
-      const SeenByAll seen(task.keys);
-      if (tiles.count > 1) wait_for_k(turn + 1);
-#pragma unroll 1
-      for (int i = 1; i < tiles.count; ++i) {
-        start_scores(++turn);
-        start_outputs(turn - 1, i > 1);
-        products_wait<1>();
-        have_scores(task.keys, seen, tiles.key(i));
-        if (i + 1 < tiles.count) wait_for_k(turn + 1);  // now, so that its product will be started at once
-        make_weights<false>();
-      }
-      if (leads()) smem.barriers.q_empty[q_turn % kQStages].arrive();
-      release_task();
-      RunningPair<float> sums[2] = {rows.pair[0], rows.pair[1]};
-      ++q_turn;
-      ++turn;
-      const bool more = take_task();
-      if (more) {
-        start_scores(turn);
-        start_outputs(turn - 1, tiles.count > 1);
-        products_wait<1>();
-        begin_task();
-        make_weights<true>();
-      } else {
-        start_outputs(turn - 1, tiles.count > 1);
-        have_outputs();
-      }
-      rows.finish(params, task, sums);
-      if (!more) return;
+      while (go_through_task()) {}
     }
+    if (kStaged && leads()) stores_wait_read();  // shared memory goes with the block
   }
 
-  // Of the warps each by itself: products keep those of a warpgroup together, but there may have been none since the task was read.
-  __device__ __forceinline__ void release_task() {
-    __syncwarp();  // all lanes have read it
-    if (threadIdx.x % 32 == 0) smem.barriers.task_empty[q_turn % kTasks].arrive();
-  }
-
-  // Waits for the query tile and its first key tile.
-  __device__ __forceinline__ bool take_task() {
-    if (smem.task(q_turn).keys.rows == 0) return false;
-    smem.barriers.q_full[q_turn % kQStages].wait(q_turn / kQStages);
-    wait_for_k(turn);
+  // Leaves out query tiles of which this warpgroup has nothing to do; false if there are no others. No product is under way.
+  __device__ __forceinline__ bool find_task() {
+    for (;; ++q_turn) {
+      if (!take_task()) return false;
+      if (tiles.count > 0) break;
+      const Task& task = smem.known_task(q_turn);
+      const int top = Products::warp_row();
+      fill_in(params, task, top, min_of(top + Products::kWarpRows, task.keys.rows));
+#pragma unroll 1
+      for (int i = 0; i < task.tiles.count; ++i) leave_out_turn();
+      smem.barriers.q_full[q_turn % kQStages].wait(q_turn / kQStages);
+      release_q(q_turn);
+      leave_task(q_turn);
+    }
+    enter_task();
     return true;
   }
 
-  // The first scores of a query tile are there: references, and P.
-  __device__ __forceinline__ void begin_task() {
-    const KeyInterval keys = smem.tasks[q_turn % kTasks].keys;
-    have_scores(keys, SeenByAll(keys), KeyTiles(keys).key(0));
-    rows.begin(params.scale_log2);
+  // The turns of a query tile after the first, and the first of the next one. False if that is not to follow at once.
+  __device__ __forceinline__ bool go_through_task() {
+    const int count = tiles.count;
+    if (count > 1) wait_for_k(turn + 1);
+#pragma unroll 1
+    for (int i = 1; i < count; ++i) {
+      start_scores(++turn);
+      start_outputs(turn - 1, i > 1);
+      products_wait<1>();
+      have_scores(tiles.key(i));
+      if (i + 1 < count) wait_for_k(turn + 1);  // now, so that its product will be started at once
+      make_weights<false>(turn - 1);
+    }
+    const Task& task = smem.known_task(q_turn);
+    const uint32 last = turn++;
+#pragma unroll 1
+    for (int tile = tiles.first; tile > task.tiles.first; --tile) leave_out_turn();
+    release_q(q_turn++);
+    const bool more = take_task() && tiles.count > 0;
+    float inverse[Products::kRows];
+    if (more) {
+      enter_task();
+      start_scores(turn);
+      start_outputs(last, count > 1);
+      rows.close(params, task, inverse);
+      products_wait<1>();
+      have_scores(tiles.key(0));
+      rows.begin(params.scale_log2);
+      make_weights<true>(last);
+    } else {
+      start_outputs(last, count > 1);
+      rows.close(params, task, inverse);
+      have_outputs();
+      release_v(last);
+    }
+    rows.normalize(inverse);
+    store(task);
+    leave_task(q_turn - 1);
+    return more;
   }
 
-  // P of the newest turn. The first half of it waits in other registers until the product that reads the P before is complete.
-  template <bool kFirstOfTask> __device__ __forceinline__ void make_weights() {
-    if (!HopperRows::kHopeful && !kFirstOfTask) rows.follow(params.scale_log2, [&] { have_outputs(); });
-    float sums[Products::kRows][2] = {};
-    float half[Products::kRows][4 * kHalf];
-    rows.exponentiate<0, kHalf>(params.scale_log2, half, sums);
-    stay_here(sums[0][0] + sums[1][0]);
-    have_outputs();
-    release_v(turn - 1);
-    rows.pair_up<0, kHalf>(half);
-    rows.make_weights<kHalf, kSteps>(params.scale_log2, sums);
-    rows.check<kFirstOfTask>(params.scale_log2, sums);
+  // Waits for the query tile and finds out what this warpgroup has to do of it; false if there is none.
+  __device__ __forceinline__ bool take_task() {
+    const Task& task = smem.task(q_turn);
+    const int top = 64 * group, bottom = min_of(top + 64, task.keys.rows) - 1;
+    tiles = bottom < top ? KeyTiles(0, 0) : KeyTiles(task.keys.begin(top), task.keys.end(bottom));
+    tiles.first = in_common(tiles.first);
+    tiles.count = in_common(tiles.count);
+    return task.keys.rows > 0;
   }
 
+  // Waits for Q and the first K.
+  __device__ __forceinline__ void enter_task() {
+    const Task& task = smem.known_task(q_turn);
+    seen = SeenByAll(task.keys);
+    static_assert(64 * (kGroups - 1) <= kBlockN * (kStages - 1), "V of the turns left out come before that of the last turn is free");
+#pragma unroll 1
+    for (int tile = task.tiles.last(); tile > tiles.last(); --tile) leave_out_turn();
+    smem.barriers.q_full[q_turn % kQStages].wait(q_turn / kQStages);
+    wait_for_k(turn);
+  }
+
+  // Everybody waits, for no phase of a barrier may pass unseen.
+  __device__ __forceinline__ void leave_out_turn() {
+    wait_for_k(turn);
+    release_k(turn);
+    smem.barriers.v_full[turn % kStages].wait(turn / kStages);
+    release_v(turn++);
+  }
+
+  // Of the warps each by itself: products keep those of a warpgroup together, but there may have been none since the task was read.
+  __device__ __forceinline__ void leave_task(uint32 turn) {
+    __syncwarp();  // all lanes have read it
+    if (threadIdx.x % 32 == 0) smem.barriers.task_empty[turn % kTasks].arrive();
+  }
+
+  __device__ __forceinline__ void release_q(uint32 turn) {
+    if (leads()) smem.barriers.q_empty[turn % kQStages].arrive();
+  }
   __device__ __forceinline__ void wait_for_k(uint32 turn) { smem.barriers.k_full[turn % kStages].wait(turn / kStages); }
+  __device__ __forceinline__ void release_k(uint32 turn) {
+    if (leads()) smem.barriers.k_empty[turn % kStages].arrive();
+  }
+  __device__ __forceinline__ void release_v(uint32 turn) {
+    if (leads()) smem.barriers.v_empty[turn % kStages].arrive();
+  }
 
   __device__ __forceinline__ void start_scores(uint32 turn) {
     const uint64 q = q_matrix + q_turn % kQStages * (QTile::kBytes / 16), k = k_matrix + turn % kStages * (KTile::kBytes / 16);
@@ -518,13 +644,13 @@ struct Multiplier {
   }
 
   // S of the newest turn is there; rows see of it what they may.
-  __device__ __forceinline__ void have_scores(const KeyInterval& keys, const SeenByAll& seen, int key) {
+  __device__ __forceinline__ void have_scores(int key) {
     Products::Scores::settle(rows.s);
-    if (leads()) smem.barriers.k_empty[turn % kStages].arrive();
+    release_k(turn);
     const bool masked = !seen.has_tile(key);
     if (seldom(masked || params.factor != 1)) {
       if (params.factor != 1) rows.multiply_scores(params.factor);
-      if (masked) rows.mask(keys, key);
+      if (masked) rows.mask(smem.known_task(q_turn).keys, key);
     }
   }
 
@@ -533,8 +659,36 @@ struct Multiplier {
     Products::Outputs::settle(rows.o);
   }
 
-  __device__ __forceinline__ void release_v(uint32 turn) {
-    if (leads()) smem.barriers.v_empty[turn % kStages].arrive();
+  __device__ __forceinline__ void store(const Task& task) {
+    if (!kStaged) return rows.store(params, task);
+    const uint32 o_smem = smem.base + SharedMemory::kO;
+    if (leads()) stores_wait_read();  // the one before has left
+    sync_warpgroup(group);
+    rows.stage(o_smem);
+    show_written();
+    sync_warpgroup(group);
+    if (!leads() || task.keys.rows <= 64 * group) return;
+#pragma unroll
+    for (int box = 0; box < OTile::kBoxes; ++box) {
+      send(hopper.out, o_smem + box * OTile::kBoxBytes + group * 64 * 2 * kBox, box * kBox, task.row + 64 * group,
+           place(task.head, params.out.head), place(task.batch[0], params.out.batch[kBatchAxes - 1]),
+           place(task.batch[1], params.out.batch[kBatchAxes - 2]));
+    }
+    stores_end();
+  }
+
+  // P of the newest turn, while the product of the turn before is under way. The first half of it waits in other registers until the product that reads the P before is complete.
+  template <bool kFirstOfTask> __device__ __forceinline__ void make_weights(uint32 before) {
+    if (!HopperRows::kHopeful && !kFirstOfTask) rows.follow(params.scale_log2, [&] { have_outputs(); });
+    float sums[Products::kRows][2] = {};
+    float half[Products::kRows][4 * kHalf];
+    rows.exponentiate<0, kHalf>(params.scale_log2, half, sums);
+    stay_here(sums[0][0] + sums[1][0]);
+    have_outputs();
+    release_v(before);
+    rows.pair_up<0, kHalf>(half);
+    rows.make_weights<kHalf, kSteps>(params.scale_log2, sums);
+    rows.check<kFirstOfTask>(params.scale_log2, sums);
   }
 
   // Keeps the compiler from waiting before it has computed this: for a store that never happens, sums being positive.
@@ -550,7 +704,6 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
   auto& barriers = *reinterpret_cast<SharedMemory::Barriers*>(shared + SharedMemory::kBarriers);
   const SharedMemory smem = {shared_address(shared), barriers, reinterpret_cast<Task*>(shared + SharedMemory::kTaskList)};
   if (threadIdx.x == 0) {
-    constexpr int kGroups = kThreads / 128;
     barriers.v_raw.init(1);
     for (int place = 0; place < kTasks; ++place) {
       barriers.task_full[place].init(1);
@@ -572,12 +725,12 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
   const Params& params = hopper.params;
   const int jobs = ((params.sweeps - 1) * params.sweep.length + params.last_sweep.length) * ((params.len_q - 1) / kBlockM + 1);
   if (threadIdx.x >= kThreads) {
-    keep_registers<40>();
+    keep_registers<kGroups == 3 ? 32 : 40>();
     const int warp = threadIdx.x / 32 - kThreads / 32;
     if (warp == 0) Loader{hopper, smem}.run();
     if (warp == 1) Scheduler{hopper, smem}.run(jobs);
   } else {
-    take_registers<232>();
-    Multiplier(params, smem).run();
+    take_registers<kGroups == 3 ? 160 : 232>();
+    Multiplier(hopper, smem).run();
   }
 }

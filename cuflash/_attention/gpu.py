@@ -42,7 +42,9 @@ def params_dtype(accumulator: str) -> np.dtype:
     return np.dtype(fields, align=True)
 
 
-_MAPPED = ("q", "k", "v")
+_READ_BY_TMA = ("q", "k", "v")
+_MAPPED = (*_READ_BY_TMA, "out")
+_ROWS_OF_A_WARPGROUP = 64
 _UNUSED_STRIDE = 16  # of an axis that is not walked along
 
 
@@ -113,8 +115,11 @@ def planned(problem: Problem, operands: Operands, ready: Operands) -> tuple[Prob
     shape, strides = collapse(ready)
     problem = replace(problem, batch=shape[-BATCH_AXES:])
     output, gpu = arrays.dtype_name(out.dtype), gpus.current()
-    against = obstacle(problem, ready, strides) if plan.uses_hopper(problem, gpu) else None
-    return problem, plan.choose(problem, gpu, output, copied(operands), against)
+    if not plan.uses_hopper(problem, gpu):
+        return problem, plan.choose(problem, gpu, output, copied(operands))
+    against = obstacle(problem, ready, strides)
+    stored = stored_by_tma(problem, ready, strides)
+    return problem, plan.choose(problem, gpu, output, copied(operands), against, stored)
 
 
 def obstacle(
@@ -126,13 +131,22 @@ def obstacle(
     if any(length > 1 for length in problem.batch[:-2]):
         return "the batch takes more than two strides"
     copies = copied(operands)
-    for name in _MAPPED:
+    for name in _READ_BY_TMA:
         array = getattr(operands, name)
         one_row = array.shape[-2] > 1 and array.strides[-2] == 0  # and in a copy as well
         fits = tensor_maps.fits(*axes(problem, array, strides[name]))
         if one_row or not (fits or name in copies):
             return f"`{name}` is broadcast along its rows, or has negative or very long strides"
     return None
+
+
+def stored_by_tma(
+    problem: Problem, operands: Operands, strides: dict[str, tuple[int, ...]]
+) -> bool:
+    """Whether Hopper's copy engine can write the output."""
+    if operands.out is None:  # nobody launches; it would be contiguous
+        return problem.head_dim_v % 8 == 0
+    return readable(operands.out) and tensor_maps.fits(*axes(problem, operands.out, strides["out"]))
 
 
 def axes(
@@ -317,13 +331,15 @@ def mapped(
     constants = dict(chosen.kernel.constants)
     hopper = np.zeros((), _HOPPER_PARAMS)
     hopper["params"] = filled
-    for name in _MAPPED:
+    rows = {"q": constants["kBlockM"], "k": constants["kBlockN"], "v": constants["kBlockN"]}
+    if constants["kStaged"]:
+        rows["out"] = _ROWS_OF_A_WARPGROUP
+    for name, count in rows.items():
         if not getattr(operands, name).size:
             continue  # no tile is brought of it, and it may have no address
         sizes, steps = axes(problem, getattr(operands, name), strides[name])
-        rows = constants["kBlockM" if name == "q" else "kBlockN"]
         address = int(filled[name]["data"])
-        hopper[name] = tensor_maps.encode(problem.dtype, address, sizes, steps, int(rows))
+        hopper[name] = tensor_maps.encode(problem.dtype, address, sizes, steps, int(count))
     return hopper
 
 

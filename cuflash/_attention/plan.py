@@ -98,13 +98,14 @@ LEAST_TOGETHER = 16  # heads at a time where blocks go through many query tiles
 _HOPPER = Engine(
     "_attention/forward_sm90.cu",
     (
+        (64, Tile(192, 128, 12, 4, 1, query_stages=2)),
         (128, Tile(128, 128, 8, 2, 1, query_stages=2)),
         (192, Tile(128, 96, 8, 2, 1)),
         (256, Tile(128, 80, 8, 2, 1)),
     ),
     loaders=4,
     box=64,
-    barriers=384,
+    barriers=768,
     persistent=True,
     exact=True,
 )
@@ -185,6 +186,7 @@ def choose(
     output: str,
     copies: tuple[str, ...] = (),
     obstacle: str | None = None,
+    stored_by_tma: bool = True,
 ) -> Plan:
     """Plan one launch.
 
@@ -198,11 +200,18 @@ def choose(
         Operands that have to be copied first.
     obstacle : str or None
         What keeps Hopper's copy engine from reading the operands.
+    stored_by_tma : bool
+        Whether nothing keeps it from writing the output.
     """
     engine, why = _engine(problem, gpu, obstacle)
     tile = _tile(engine, problem, gpu)
-    places = tile.blocks * gpu.multiprocessors if engine.persistent else None
-    return plan(problem, output, engine, tile, why, copies, places)
+    if not engine.persistent:
+        return plan(problem, output, engine, tile, why, copies)
+    staged = (
+        stored_by_tma and BYTES[output] == 2 and _has_room_for_output(engine, problem, tile, gpu)
+    )
+    places = tile.blocks * gpu.multiprocessors
+    return plan(problem, output, engine, tile, why, copies, places, staged)
 
 
 def _engine(problem: Problem, gpu: Gpu, obstacle: str | None) -> tuple[Engine, str]:
@@ -258,12 +267,13 @@ def _tile(engine: Engine, problem: Problem, gpu: Gpu) -> Tile:
     raise RuntimeError(f"no tile of {engine.file} serves head dim {widest} on {gpu.name}")
 
 
-def shared_memory(engine: Engine, problem: Problem, tile: Tile) -> int:
-    """Bytes a block: Q, then each stage's K and V, then barriers."""
+def shared_memory(engine: Engine, problem: Problem, tile: Tile, staged: bool = False) -> int:
+    """Bytes a block: Q, then each stage's K and V, then O where it is staged, then barriers."""
     size = engine.operand_bytes or BYTES[problem.dtype]
     d, d_v = (-(-dim // engine.box) * engine.box for dim in head_dims(problem, tile))
     queries = tile.query_stages * tile.queries
-    return size * (queries * d + tile.stages * tile.keys * (d + d_v)) + engine.barriers
+    elements = queries * d + tile.stages * tile.keys * (d + d_v) + staged * tile.queries * d_v
+    return size * elements + engine.barriers
 
 
 def plan(
@@ -274,6 +284,7 @@ def plan(
     why: str,
     copies: tuple[str, ...],
     places: int | None = None,
+    staged: bool = False,
 ) -> Plan:
     """Spell out a chosen tile as a launch, of as many blocks at most as there are places."""
     d, d_v = head_dims(problem, tile)
@@ -300,7 +311,7 @@ def plan(
         engine.rows: tile.queries // tile.warps // engine.rows_at_once,
     }
     if engine.persistent:
-        constants["kQStages"] = tile.query_stages
+        constants |= {"kQStages": tile.query_stages, "kStaged": staged}
     return Plan(
         kernel=Kernel(
             engine.file,
@@ -310,7 +321,7 @@ def plan(
         ),
         grid=(blocks if places is None else min(blocks, places), 1, 1),
         threads=32 * (tile.warps + engine.loaders),
-        shared_memory=shared_memory(engine, problem, tile),
+        shared_memory=shared_memory(engine, problem, tile, staged),
         bytes=traffic(problem, output),
         operations=2 * (problem.head_dim + problem.head_dim_v) * visible(problem) * pairs,
         why=why,

@@ -207,9 +207,8 @@ def choose(
     tile = _tile(engine, problem, gpu)
     if not engine.persistent:
         return plan(problem, output, engine, tile, why, copies)
-    staged = (
-        stored_by_tma and BYTES[output] == 2 and _has_room_for_output(engine, problem, tile, gpu)
-    )
+    fits = shared_memory(engine, problem, tile, staged=True) <= gpu.shared_memory_per_block
+    staged = stored_by_tma and BYTES[output] == 2 and fits
     places = tile.blocks * gpu.multiprocessors
     return plan(problem, output, engine, tile, why, copies, places, staged)
 

@@ -190,63 +190,46 @@ struct Scheduler {
   }
 };
 
-// A key tile of the sequence that a block goes through: those of one query tile after another.
-struct Turn {
-  uint32 number = ~0u, task = ~0u;  // of the key tile, and of the query tile
-  int tile = 0, last = 0;           // the key tile's place, and that of the query tile's last turn
-
-  // Goes on to the next one, once it is known; false if there is none.
-  __device__ __forceinline__ bool advance(const SharedMemory& smem) {
-    ++number;
-    if (tile-- > last) return true;
-    const Task& next = smem.task(++task);
-    tile = next.tiles.last();
-    last = next.tiles.first;
-    return next.keys.rows > 0;
-  }
-};
-
-// A warp that has K and V brought, each tile as soon as its place is free, K one turn ahead of V.
-struct Loader {
+// A warp that has all tiles of K brought, or of V, each as soon as its place is free. Turns count through all query tiles.
+template <bool kIsV> struct Loader {
   const HopperParams& hopper;
   SharedMemory smem;
-  uint32 raw_turn = 0;
+  uint32 turn = 0, raw_turn = 0;
 
   __device__ __forceinline__ void run() {
-    Turn next;
-    bool more = next.advance(smem);
-    if (more) bring_k(next);
+    for (uint32 number = 0;; ++number) {
+      const Task task = smem.task(number);
+      if (task.keys.rows == 0) return;
 #pragma unroll 1
-    while (more) {
-      const Turn turn = next;
-      more = next.advance(smem);
-      if (more) bring_k(next);
-      bring_v(turn);
+      for (int tile = task.tiles.last(); tile >= task.tiles.first; --tile, ++turn) {
+        if (kIsV) {
+          bring_v(task, tile * kBlockN);
+        } else {
+          bring_k(task, tile * kBlockN);
+        }
+      }
     }
   }
 
-  __device__ __forceinline__ void bring_k(const Turn& turn) const {
-    const Task& task = smem.known_task(turn.task);
-    const uint32 stage = turn.number % kStages;
-    smem.barriers.k_empty[stage].wait(turn.number / kStages - 1);
-    bring_tile<KTile>(smem.k(turn.number), hopper.k, hopper.params.k, smem.barriers.k_full[stage], turn.tile * kBlockN, task.kv_head,
-                      task.batch);
+  __device__ __forceinline__ void bring_k(const Task& task, int key) {
+    const uint32 stage = turn % kStages;
+    smem.barriers.k_empty[stage].wait(turn / kStages - 1);
+    bring_tile<KTile>(smem.k(turn), hopper.k, hopper.params.k, smem.barriers.k_full[stage], key, task.kv_head, task.batch);
   }
 
   // Of V, keys that no row may see become 0: 0 times what lies there may be NaN. At most the first and the last tile have some.
-  __device__ __forceinline__ void bring_v(const Turn& turn) {
-    const Task& task = smem.known_task(turn.task);
-    const uint32 stage = turn.number % kStages;
-    const int key = turn.tile * kBlockN, begin = task.keys.begin() - key, end = task.keys.end() - key;
+  __device__ __forceinline__ void bring_v(const Task& task, int key) {
+    const uint32 stage = turn % kStages;
+    const int begin = task.keys.begin() - key, end = task.keys.end() - key;
     const bool whole = begin <= 0 && (end >= kBlockN || end + key >= hopper.params.len_k);
     Barrier &full = smem.barriers.v_full[stage], &raw = smem.barriers.v_raw;
-    smem.barriers.v_empty[stage].wait(turn.number / kStages - 1);
-    bring_tile<VTile>(smem.v(turn.number), hopper.v, hopper.params.v, whole ? full : raw, key, task.kv_head, task.batch);
+    smem.barriers.v_empty[stage].wait(turn / kStages - 1);
+    bring_tile<VTile>(smem.v(turn), hopper.v, hopper.params.v, whole ? full : raw, key, task.kv_head, task.batch);
     if (whole) return;
     raw.wait(raw_turn++);
 #pragma unroll 1
     for (int row = 0; row < kBlockN; ++row) {
-      if (row < begin || row >= end) clear_row(smem.v(turn.number), row);
+      if (row < begin || row >= end) clear_row(smem.v(turn), row);
     }
     show_written();
     __syncwarp();  // all have cleared theirs
@@ -414,7 +397,7 @@ struct HopperRows : Rows<HopperProducts> {
       if (row < task.keys.rows && params.lse.data != nullptr && Products::key(0) == 0) {
         task.rows_of(params.lse)[row * params.lse.row] = empty ? -infinity<T>() : pair[r].log_sum() * T(kLn2);
       }
-      inverse[r] = empty ? T(0) : T(1) / pair[r].sum;
+      inverse[r] = empty ? T(0) : reciprocal(pair[r].sum);
     }
   }
 
@@ -525,7 +508,7 @@ struct Multiplier {
 #pragma unroll 1
       while (go_through_task()) {}
     }
-    if (kStaged && leads()) stores_wait_read();  // shared memory goes with the block
+    if (kStaged) stores_wait_read();  // shared memory goes with the block
   }
 
   // Leaves out query tiles of which this warpgroup has nothing to do; false if there are no others. No product is under way.
@@ -536,9 +519,9 @@ struct Multiplier {
       const Task& task = smem.known_task(q_turn);
       const int top = Products::warp_row();
       fill_in(params, task, top, min_of(top + Products::kWarpRows, task.keys.rows));
-#pragma unroll 1
-      for (int i = 0; i < task.tiles.count; ++i) leave_out_turn();
+      leave_out_turns(task.tiles.count);
       smem.barriers.q_full[q_turn % kQStages].wait(q_turn / kQStages);
+      sync_warpgroup(group);
       release_q(q_turn);
       leave_task(q_turn);
     }
@@ -561,12 +544,13 @@ struct Multiplier {
     }
     const Task& task = smem.known_task(q_turn);
     const uint32 last = turn++;
-#pragma unroll 1
-    for (int tile = tiles.first; tile > task.tiles.first; --tile) leave_out_turn();
+    const int rest = tiles.first - task.tiles.first;
     release_q(q_turn++);
-    const bool more = take_task() && tiles.count > 0;
+    // V of a turn that is left out comes where that of the last turn is, if there are as many as places.
+    const bool more = take_task() && tiles.count > 0 && rest + smem.known_task(q_turn).tiles.last() - tiles.last() < kStages;
     float inverse[Products::kRows];
     if (more) {
+      leave_out_turns(rest);
       enter_task();
       start_scores(turn);
       start_outputs(last, count > 1);
@@ -580,6 +564,7 @@ struct Multiplier {
       rows.close(params, task, inverse);
       have_outputs();
       release_v(last);
+      leave_out_turns(rest);
     }
     rows.normalize(inverse);
     store(task);
@@ -601,19 +586,21 @@ struct Multiplier {
   __device__ __forceinline__ void enter_task() {
     const Task& task = smem.known_task(q_turn);
     seen = SeenByAll(task.keys);
-    static_assert(64 * (kGroups - 1) <= kBlockN * (kStages - 1), "V of the turns left out come before that of the last turn is free");
-#pragma unroll 1
-    for (int tile = task.tiles.last(); tile > tiles.last(); --tile) leave_out_turn();
+    leave_out_turns(task.tiles.last() - tiles.last());
     smem.barriers.q_full[q_turn % kQStages].wait(q_turn / kQStages);
     wait_for_k(turn);
   }
 
-  // Everybody waits, for no phase of a barrier may pass unseen.
-  __device__ __forceinline__ void leave_out_turn() {
-    wait_for_k(turn);
-    release_k(turn);
-    smem.barriers.v_full[turn % kStages].wait(turn / kStages);
-    release_v(turn++);
+  // All warps wait, and for one another: a phase of a barrier that passed unseen would be waited for for ever.
+  __device__ __forceinline__ void leave_out_turns(int count) {
+#pragma unroll 1
+    for (; count > 0; --count, ++turn) {
+      wait_for_k(turn);
+      smem.barriers.v_full[turn % kStages].wait(turn / kStages);
+      sync_warpgroup(group);
+      release_k(turn);
+      release_v(turn);
+    }
   }
 
   // Of the warps each by itself: products keep those of a warpgroup together, but there may have been none since the task was read.
@@ -659,20 +646,22 @@ struct Multiplier {
     Products::Outputs::settle(rows.o);
   }
 
+  // Each warp has its 16 rows stored by itself.
   __device__ __forceinline__ void store(const Task& task) {
     if (!kStaged) return rows.store(params, task);
-    const uint32 o_smem = smem.base + SharedMemory::kO;
-    if (leads()) stores_wait_read();  // the one before has left
-    sync_warpgroup(group);
-    rows.stage(o_smem);
+    const int top = Products::warp_row();
+    const bool stores = threadIdx.x % 32 == 0;
+    if (stores) stores_wait_read();
+    __syncwarp();  // the rows before have left
+    rows.stage(smem.base + SharedMemory::kO);
     show_written();
-    sync_warpgroup(group);
-    if (!leads() || task.keys.rows <= 64 * group) return;
+    __syncwarp();  // all lanes have left theirs
+    if (!stores || task.keys.rows <= top) return;
 #pragma unroll
     for (int box = 0; box < OTile::kBoxes; ++box) {
-      send(hopper.out, o_smem + box * OTile::kBoxBytes + group * 64 * 2 * kBox, box * kBox, task.row + 64 * group,
-           place(task.head, params.out.head), place(task.batch[0], params.out.batch[kBatchAxes - 1]),
-           place(task.batch[1], params.out.batch[kBatchAxes - 2]));
+      const uint32 from = smem.base + SharedMemory::kO + box * OTile::kBoxBytes + top * 2 * kBox;
+      send(hopper.out, from, box * kBox, task.row + top, place(task.head, params.out.head),
+           place(task.batch[0], params.out.batch[kBatchAxes - 1]), place(task.batch[1], params.out.batch[kBatchAxes - 2]));
     }
     stores_end();
   }
@@ -703,6 +692,11 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
   extern __shared__ __align__(1024) unsigned char shared[];
   auto& barriers = *reinterpret_cast<SharedMemory::Barriers*>(shared + SharedMemory::kBarriers);
   const SharedMemory smem = {shared_address(shared), barriers, reinterpret_cast<Task*>(shared + SharedMemory::kTaskList)};
+  if (threadIdx.x == kThreads) {
+    prefetch(hopper.q);
+    prefetch(hopper.k);
+    prefetch(hopper.v);
+  }
   if (threadIdx.x == 0) {
     barriers.v_raw.init(1);
     for (int place = 0; place < kTasks; ++place) {
@@ -727,8 +721,9 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
   if (threadIdx.x >= kThreads) {
     keep_registers<kGroups == 3 ? 32 : 40>();
     const int warp = threadIdx.x / 32 - kThreads / 32;
-    if (warp == 0) Loader{hopper, smem}.run();
-    if (warp == 1) Scheduler{hopper, smem}.run(jobs);
+    if (warp == 0) Scheduler{hopper, smem}.run(jobs);
+    if (warp == 1) Loader<false>{hopper, smem}.run();
+    if (warp == 2) Loader<true>{hopper, smem}.run();
   } else {
     take_registers<kGroups == 3 ? 160 : 232>();
     Multiplier(hopper, smem).run();

@@ -17,6 +17,12 @@ __device__ __forceinline__ float exp_2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 1 / x to one unit in the last place.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ double exp_2(double x) { return exp2(x); }
 __device__ __forceinline__ float log_2(float x) { return log2f(x); }
 __device__ __forceinline__ double log_2(double x) { return log2(x); }

@@ -37,6 +37,9 @@ __device__ __forceinline__ void barriers_made() { asm volatile("fence.mbarrier_i
 // Has the copy engine and the tensor cores see what this thread has written to shared memory.
 __device__ __forceinline__ void show_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Has a map at hand before the first tile is asked for.
+__device__ __forceinline__ void prefetch(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
 // Starts bringing the tile at these coordinates; zeros come for what is outside of the array.
 __device__ __forceinline__ void bring(uint32 smem, const TensorMap& map, Barrier& barrier, int x0, int x1, int x2, int x3, int x4) {
   asm volatile(

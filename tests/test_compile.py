@@ -70,8 +70,11 @@ def attention_plans(arch: int, kind: str) -> list[Plan]:
     dtype, output, precision, head_dims = KINDS[kind]
     plans = [attention_plan.merge(dtype, output, (2, 4, 512, 64))] if precision is None else []
     for d, d_v in head_dims:
-        asked = problem(dtype, d, d_v, precision)
-        plans.append(attention_plan.choose(asked, gpu.of_arch(arch), output))
+        asked, by_tma = problem(dtype, d, d_v, precision), (True, False) if arch == 90 else (True,)
+        plans += [
+            attention_plan.choose(asked, gpu.of_arch(arch), output, stored_by_tma=stored)
+            for stored in by_tma
+        ]
     return list({str(chosen.kernel): chosen for chosen in plans}.values())
 
 

@@ -44,7 +44,7 @@ def params_dtype(accumulator: str) -> np.dtype:
 
 _READ_BY_TMA = ("q", "k", "v")
 _MAPPED = (*_READ_BY_TMA, "out")
-_ROWS_OF_A_WARPGROUP = 64
+_ROWS_OF_A_WARP = 16
 _UNUSED_STRIDE = 16  # of an axis that is not walked along
 
 
@@ -333,7 +333,7 @@ def mapped(
     hopper["params"] = filled
     rows = {"q": constants["kBlockM"], "k": constants["kBlockN"], "v": constants["kBlockN"]}
     if constants["kStaged"]:
-        rows["out"] = _ROWS_OF_A_WARPGROUP
+        rows["out"] = _ROWS_OF_A_WARP
     for name, count in rows.items():
         if not getattr(operands, name).size:
             continue  # no tile is brought of it, and it may have no address

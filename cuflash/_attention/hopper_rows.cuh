@@ -1,0 +1,234 @@
+// The arithmetic of a warpgroup of forward_sm90.cu: products by wgmma, and the online softmax of 64 rows.
+#include "_attention/hopper_tasks.cuh"
+#include "_attention/mma_layout.cuh"
+#include "device/wgmma.cuh"
+
+struct HopperProducts : MmaLayout {
+  using T = float;
+  using Scores = Products64<Element, kBlockN>;
+  using Outputs = Products64<Element, kHeadDimV>;
+
+  static __device__ __forceinline__ void start_scores(T (&s)[kRows][kScores], uint64 q, uint64 k) {
+    products_begin();
+#pragma unroll
+    for (int d = 0; d < kHeadDim; d += 16) Scores::shared(s, q + QTile::along(d) / 16, k + KTile::along(d) / 16, d > 0);
+    products_end();
+  }
+
+  // O is overwritten by the first product of a query tile.
+  static __device__ __forceinline__ void start_outputs(T (&o)[kRows][kOutputs], const uint32 (&p)[kBlockN / 16][4], uint64 v, bool adds) {
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < kBlockN / 16; ++k) Outputs::registers(o, p[k], v + k * 16 * 2 * kBox / 16, k > 0 || adds);
+    products_end();
+  }
+};
+
+// The 64 rows of a warpgroup, and P of the key tile before.
+struct HopperRows : Rows<HopperProducts> {
+  using Products = HopperProducts;
+  static constexpr int kSteps = kBlockN / 16;
+  static constexpr T kLowest = -3.4028234e38f;  // the reference of rows that have seen nothing: any score exceeds it by far
+  static constexpr bool kHopeful = kSlack > 0 && kHeadDimV <= 128;  // for want of registers: S is kept
+  // So many of every kColumns exponentials are made by products, where the unit for special functions is as busy as the tensor cores.
+  static constexpr int kColumns = 8, kColumnsByProducts = kHeadDim <= 64 ? 2 : 0;
+  uint32 p[kSteps][4];
+
+  // The largest of each row's scores in this thread. In two chains, for one would wait for itself.
+  __device__ __forceinline__ void find_highest(T (&highest)[Products::kRows]) const {
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      T chains[2] = {s[r][0], s[r][1]};
+#pragma unroll
+      for (int c = 2; c < Products::kScores; ++c) chains[c % 2] = max_of(s[r][c], chains[c % 2]);  // a NaN score is passed over
+      highest[r] = max_of(chains[0], chains[1]);
+    }
+  }
+
+  // The references of a new query tile, finite ones. O is not looked at: it is still the one before's.
+  __device__ __forceinline__ void begin(T scale) {
+    T highest[Products::kRows];
+    find_highest(highest);
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) pair[r] = {max_of(kLowest, scale * highest_of_row(highest[r])), T(0)};
+  }
+
+  // Raises references that scores exceed by more than kSlack. O is rescaled then, once `settle` has it complete.
+  template <typename Settle> __device__ __forceinline__ void follow(T scale, Settle settle) {
+    T highest[Products::kRows];
+    find_highest(highest);
+    bool behind = false;
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) behind |= highest[r] * scale > pair[r].max + kSlack;
+    if (__any_sync(0xffffffffu, behind)) {
+      settle();
+      raise(highest, scale);
+    }
+  }
+
+  // The weights of some of the 16-key steps, and their sums.
+  template <int kFirst, int kCount>
+  __device__ __forceinline__ void exponentiate(T scale, T (&weights)[Products::kRows][4 * kCount], T (&sums)[Products::kRows][2]) const {
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < 4 * kCount; ++c) {
+        const T x = s[r][4 * kFirst + c] * scale - pair[r].max;
+        weights[r][c] = c % kColumns < kColumnsByProducts ? exp_2_by_products(x) : exp_2(x);
+        sums[r][c % 2] += weights[r][c];
+      }
+    }
+  }
+
+  // They become P as A fragments: two neighbouring blocks of 8 columns, rounded and paired, are one.
+  template <int kFirst, int kCount> __device__ __forceinline__ void pair_up(const T (&weights)[Products::kRows][4 * kCount]) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = 4 * k + i / 2 * 2;
+        p[kFirst + k][i] = narrow_pair<Element>(weights[i % 2][c], weights[i % 2][c + 1]);
+      }
+    }
+  }
+
+  template <int kFirst, int kEnd> __device__ __forceinline__ void make_weights(T scale, T (&sums)[Products::kRows][2]) {
+    T weights[Products::kRows][4 * (kEnd - kFirst)];
+    exponentiate<kFirst, kEnd - kFirst>(scale, weights, sums);
+    pair_up<kFirst, kEnd - kFirst>(weights);
+  }
+
+  // Looks at the sums of a tile whose P was made without looking at its scores first. Where one is so large that a score may exceed the
+  // reference by more than kSlack, that follows, and so do O, which is complete, and P.
+  template <bool kIsRight> __device__ __forceinline__ void check(T scale, T (&sums)[Products::kRows][2]) {
+    bool behind = false;
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) behind |= sums[r][0] + sums[r][1] > T(1 << kSlack);
+    if (kHopeful && !kIsRight && seldom(__any_sync(0xffffffffu, behind))) {
+      T highest[Products::kRows];
+      find_highest(highest);
+#pragma unroll
+      for (int r = 0; r < Products::kRows; ++r) {
+        // Of each row by itself, so that rows do not depend on one another.
+        const T score = scale * highest_of_row(highest[r]), sum = highest_of_row(sums[r][0] + sums[r][1]);
+        const T factor = sum > T(1 << kSlack) ? pair[r].raise(score) : T(1);
+        sums[r][0] = sums[r][1] = 0;
+#pragma unroll
+        for (int c = 0; c < Products::kOutputs; ++c) o[r][c] *= factor;
+      }
+      make_weights<0, kSteps>(scale, sums);
+    }
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) pair[r].sum += sums[r][0] + sums[r][1];
+  }
+
+  static __device__ __forceinline__ T highest_of_row(T x) {
+    return across_row<Products::kRowLanes>(x, [](T a, T b) { return max_of(a, b); });
+  }
+
+  // Scores of keys that their row may not see become -inf: replaced, so that a NaN among them does not survive. Which ones a row sees are
+  // bits: of a thread's scores, in the order of their keys, those before an end and not before a beginning.
+  __device__ __forceinline__ void mask(const KeyInterval& keys, int first_key) {
+    static_assert(Products::kScores <= 32, "a bit for each score");
+    const int block_row = recomputed(0);
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      const int row = block_row + Products::row(r), own = first_key + Products::key(0);
+      const uint32 seen = before(keys.end(row) - own) & ~before(keys.begin(row) - own);
+#pragma unroll
+      for (int c = 0; c < Products::kScores; ++c) {
+        if (!(seen & 1u << c)) s[r][c] = -infinity<T>();
+      }
+    }
+  }
+
+  // The bits of the scores whose keys, counted from this thread's first, are below `end`: two of every eight are its own.
+  static __device__ __forceinline__ uint32 before(int end) {
+    const uint32 ahead = max_of(end, 0), count = ahead / 8 * 2 + min_of(ahead % 8, 2u);
+    return count < 32 ? (1u << count) - 1 : ~0u;
+  }
+
+  // The query tile's sums are complete: lse goes out. Gives what O is to be multiplied by.
+  __device__ __forceinline__ void close(const Params& params, const Task& task, T (&inverse)[Products::kRows]) {
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      const int row = Products::row(r);
+      pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
+      const bool empty = pair[r].max == kLowest && pair[r].sum == T(0);  // and no NaN
+      if (row < task.keys.rows && params.lse.data != nullptr && Products::key(0) == 0) {
+        task.rows_of(params.lse)[row * params.lse.row] = empty ? -infinity<T>() : pair[r].log_sum() * T(kLn2);
+      }
+      inverse[r] = empty ? T(0) : reciprocal(pair[r].sum);
+    }
+  }
+
+  // O / d. Rows that saw no key become 0, whatever V holds.
+  __device__ __forceinline__ void normalize(const T (&inverse)[Products::kRows]) {
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < Products::kOutputs; ++c) o[r][c] *= inverse[r];
+      if (seldom(__any_sync(0xffffffffu, inverse[r] == T(0)))) {
+#pragma unroll
+        for (int c = 0; c < Products::kOutputs; ++c) o[r][c] = inverse[r] == T(0) ? T(0) : o[r][c];
+      }
+    }
+  }
+
+  // Leaves O in shared memory, for TMA.
+  __device__ __forceinline__ void stage(uint32 o_smem) const {
+    const int lane = threadIdx.x % 32, row = Products::warp_row() + lane % 16;
+#pragma unroll
+    for (int c = 0; c < Products::kOutputs; c += 4) {
+      const int block = c / 2 + lane / 16;  // of 8 columns; the lanes of each half of a warp name the rows of one
+      const uint32 at = o_smem + block / 8 * OTile::kBoxBytes + row * 2 * kBox + (block % 8 ^ row % 8) * 16;
+      store_matrices(at, narrow_pair<Element>(o[0][c], o[0][c + 1]), narrow_pair<Element>(o[1][c], o[1][c + 1]),
+                     narrow_pair<Element>(o[0][c + 2], o[0][c + 3]), narrow_pair<Element>(o[1][c + 2], o[1][c + 3]));
+    }
+  }
+
+  __device__ __forceinline__ void store(const Params& params, const Task& task) const {
+    const bool whole = params.head_dim_v >= kHeadDimV;
+    Output* top = task.rows_of(params.out);
+    const uint64 alignment = reinterpret_cast<uint64>(top) | params.out.row * sizeof(Output);
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      const int row = Products::row(r);
+      const bool exists = row < task.keys.rows;
+      Output* out = top + row * params.out.row;
+      if (sizeof(Output) == 2 && whole && alignment % 16 == 0) {
+        store_blocks(out, o[r], exists);
+      } else if (exists && whole && alignment % (2 * sizeof(Output)) == 0) {
+        store_pairs(out, o[r]);
+      } else if (exists) {
+        Rows::store(out, o[r], params.head_dim_v);
+      }
+    }
+  }
+
+  // Of four blocks of 8 columns, each lane of a row has two columns; it gets one block whole. A transposition in two exchanges.
+  static __device__ __forceinline__ void store_blocks(Output* row, const T (&o)[Products::kOutputs], bool exists) {
+    const int lane = threadIdx.x % 4;
+#pragma unroll
+    for (int c = 0; c < Products::kOutputs; c += 8) {
+      Vector<uint32, 4> block;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) block.at[i] = narrow_pair<Element>(o[c + 2 * i], o[c + 2 * i + 1]);
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2) {
+        const bool odd = lane & step;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (i & step) continue;
+          const uint32 got = __shfl_xor_sync(0xffffffffu, odd ? block.at[i] : block.at[i + step], step);
+          if (odd) {
+            block.at[i] = got;
+          } else {
+            block.at[i + step] = got;
+          }
+        }
+      }
+      if (exists) *reinterpret_cast<Vector<uint32, 4>*>(row + 4 * c + 8 * lane) = block;
+    }
+  }
+};

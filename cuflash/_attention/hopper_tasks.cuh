@@ -1,0 +1,219 @@
+// What the blocks of forward_sm90.cu have to do, and the warps that go ahead of the arithmetic: one says which query tile comes next and
+// has Q brought, two have K and V brought. Everybody else is told by barriers in shared memory.
+#include "_attention/tile_loop.cuh"
+#include "device/tma.cuh"
+
+constexpr int kGroups = kThreads / 128;  // warpgroups that multiply, each 64 rows
+constexpr int kLoaders = 128;            // threads of the warpgroup that has tiles brought, behind the others
+constexpr int kBox = 64;                 // columns of 16 bits that TMA brings at a time: rows of 128 bytes
+
+struct HopperParams {
+  TensorMap q, k, v, out;  // (column, row, head, batch, batch) -> element; out only if kStaged
+  Params params;
+};
+
+// A tile in shared memory: kBox columns of all rows, then the next kBox.
+template <int kRows_, int kColumns> struct BoxedTile {
+  static constexpr int kRows = kRows_;
+  static constexpr int kBoxes = (kColumns + kBox - 1) / kBox;
+  static constexpr int kBoxBytes = kRows * 2 * kBox;
+  static constexpr int kBytes = kBoxes * kBoxBytes;
+
+  // Has the columns from k on, 16 of them, multiplied along.
+  static __device__ __forceinline__ int along(int k) { return k / kBox * kBoxBytes + k % kBox * 2; }
+};
+
+using QTile = BoxedTile<kBlockM, kHeadDim>;
+using KTile = BoxedTile<kBlockN, kHeadDim>;
+using VTile = BoxedTile<kBlockN, kHeadDimV>;
+using OTile = BoxedTile<kBlockM, kHeadDimV>;
+
+// The block goes to and fro over the query tiles, which come with those that see most keys first: so all blocks have as much to do.
+struct Job {
+  int round = 0;
+
+  __device__ __forceinline__ uint32 number() const {
+    const uint32 block = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    return round * gridDim.x + block;
+  }
+};
+
+// The key tiles that some query rows see, in the order of their turns: from the last to the first.
+struct KeyTiles {
+  int first, count;
+
+  __device__ __forceinline__ KeyTiles(int begin, int end) {
+    first = begin / kBlockN;
+    count = end > begin ? (end - 1) / kBlockN + 1 - first : 0;
+  }
+  __device__ __forceinline__ int last() const { return first + count - 1; }
+  __device__ __forceinline__ int key(int turn) const { return (last() - turn) * kBlockN; }
+};
+
+// A query tile as all warps must know it.
+struct Task {
+  KeyInterval keys;  // of no rows: there is nothing more to do
+  KeyTiles tiles;    // that any of the rows sees
+  int row, head, kv_head, batch[2];
+
+  __device__ __forceinline__ Task(const Params& params, const BlockIndex& index)
+      : keys(params, index), tiles(keys.begin(), keys.end()), row(index.tile * kBlockM), head(index.head), kv_head(index.head) {
+    params.group.take(kv_head);
+    for (int i = 0; i < 2; ++i) batch[i] = index.batch[kBatchAxes - 1 - i];
+  }
+
+  // The tile's first row of an array: the batch has two axes at most.
+  template <typename T> __device__ __forceinline__ T* rows_of(const Strided<T>& array) const {
+    return array.data + batch[0] * array.batch[kBatchAxes - 1] + batch[1] * array.batch[kBatchAxes - 2] + head * array.head + row * array.row;
+  }
+};
+
+constexpr int kTasks = 4;  // known at a time: one is being stored, one exponentiated, and two come next
+
+struct SharedMemory {
+  static constexpr int kQ = 0, kK = kQStages * QTile::kBytes, kV = kK + kStages * KTile::kBytes;
+  static constexpr int kO = kV + kStages * VTile::kBytes;
+  static constexpr int kBarriers = kO + (kStaged ? OTile::kBytes : 0), kTaskList = kBarriers + 256, kBytes = kTaskList + 512;
+
+  struct Barriers {
+    Barrier task_full[kTasks], task_empty[kTasks], q_full[kQStages], q_empty[kQStages];
+    Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_raw;
+  };
+  static_assert(sizeof(Barriers) <= kTaskList - kBarriers && kTasks * sizeof(Task) <= kBytes - kTaskList, "both have room");
+
+  uint32 base;
+  Barriers& barriers;
+  Task* tasks;
+
+  __device__ __forceinline__ uint32 q(uint32 turn) const { return base + kQ + turn % kQStages * QTile::kBytes; }
+  __device__ __forceinline__ uint32 k(uint32 turn) const { return base + kK + turn % kStages * KTile::kBytes; }
+  __device__ __forceinline__ uint32 v(uint32 turn) const { return base + kV + turn % kStages * VTile::kBytes; }
+
+  // Task number `turn`, once it is known.
+  __device__ __forceinline__ const Task& task(uint32 turn) const {
+    barriers.task_full[turn % kTasks].wait(turn / kTasks);
+    return known_task(turn);
+  }
+  __device__ __forceinline__ const Task& known_task(uint32 turn) const { return tasks[turn % kTasks]; }
+};
+
+// What all lanes of a warp have in common, for the compiler to know it.
+__device__ __forceinline__ int in_common(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// Along a broadcast axis an array has one place.
+__device__ __forceinline__ int place(int at, int64 stride) { return stride == 0 ? 0 : at; }
+
+// Has all boxes of a tile brought, by one lane of a warp, once all lanes have come here: one that lagged two phases behind would wait
+// for ever.
+template <typename Tile, typename T>
+__device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, const Strided<T>& array, Barrier& barrier, int row, int head,
+                                           const int (&batch)[2]) {
+  __syncwarp();  // all lanes have seen the barriers before
+  if (threadIdx.x % 32 != 0) return;
+  barrier.expect(Tile::kBytes);
+#pragma unroll
+  for (int box = 0; box < Tile::kBoxes; ++box) {
+    bring(to + box * Tile::kBoxBytes, map, barrier, box * kBox, row, place(head, array.head),
+          place(batch[0], array.batch[kBatchAxes - 1]), place(batch[1], array.batch[kBatchAxes - 2]));
+  }
+}
+
+// Has a warp fill in rows of a query tile that see no key: 0, and -inf.
+__device__ __forceinline__ void fill_in(const Params& params, const Task& task, int first_row, int end_row) {
+  Output* out = task.rows_of(params.out);
+  float* lse = task.rows_of(params.lse);
+#pragma unroll 1
+  for (int row = first_row; row < end_row; ++row) {
+    for (int c = threadIdx.x % 32; c < params.head_dim_v; c += 32) out[row * params.out.row + c] = narrow<Output>(0.0f);
+    if (params.lse.data != nullptr && threadIdx.x % 32 == 0) lse[row * params.lse.row] = -infinity<float>();
+  }
+}
+
+// A warp that goes ahead: it says what comes next, has Q brought, and fills in query tiles that see no key by itself.
+struct Scheduler {
+  const HopperParams& hopper;
+  SharedMemory smem;
+  uint32 turn = 0;
+
+  __device__ __forceinline__ void run(uint32 jobs) {
+#pragma unroll 1
+    for (Job job; job.number() < jobs; ++job.round) {
+      const Task task(hopper.params, BlockIndex(hopper.params, job.number()));
+      if (task.tiles.count == 0) {
+        fill_in(hopper.params, task, 0, task.keys.rows);
+        continue;
+      }
+      announce([&](Task& to) { to = task; });
+      const Task& known = smem.known_task(turn);  // it need not be held while Q is waited for
+      const uint32 stage = turn % kQStages;
+      smem.barriers.q_empty[stage].wait(turn / kQStages - 1);
+      bring_tile<QTile>(smem.q(turn), hopper.q, hopper.params.q, smem.barriers.q_full[stage], known.row, known.head, known.batch);
+      ++turn;
+    }
+    announce([](Task& to) { to.keys.rows = 0; });
+  }
+
+  template <typename Write> __device__ __forceinline__ void announce(Write write) const {
+    const uint32 place = turn % kTasks;
+    smem.barriers.task_empty[place].wait(turn / kTasks - 1);
+    __syncwarp();  // all lanes have seen that
+    if (threadIdx.x % 32 != 0) return;
+    write(smem.tasks[place]);
+    smem.barriers.task_full[place].arrive();
+  }
+};
+
+// A warp that has all tiles of K brought, or of V, each as soon as its place is free. Turns count through all query tiles.
+template <bool kIsV> struct Loader {
+  const HopperParams& hopper;
+  SharedMemory smem;
+  uint32 turn = 0, raw_turn = 0;
+
+  __device__ __forceinline__ void run() {
+    for (uint32 number = 0;; ++number) {
+      const Task task = smem.task(number);
+      if (task.keys.rows == 0) return;
+#pragma unroll 1
+      for (int tile = task.tiles.last(); tile >= task.tiles.first; --tile, ++turn) {
+        if (kIsV) {
+          bring_v(task, tile * kBlockN);
+        } else {
+          bring_k(task, tile * kBlockN);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void bring_k(const Task& task, int key) {
+    const uint32 stage = turn % kStages;
+    smem.barriers.k_empty[stage].wait(turn / kStages - 1);
+    bring_tile<KTile>(smem.k(turn), hopper.k, hopper.params.k, smem.barriers.k_full[stage], key, task.kv_head, task.batch);
+  }
+
+  // Of V, keys that no row may see become 0: 0 times what lies there may be NaN. At most the first and the last tile have some.
+  __device__ __forceinline__ void bring_v(const Task& task, int key) {
+    const uint32 stage = turn % kStages;
+    const int begin = task.keys.begin() - key, end = task.keys.end() - key;
+    const bool whole = begin <= 0 && (end >= kBlockN || end + key >= hopper.params.len_k);
+    Barrier &full = smem.barriers.v_full[stage], &raw = smem.barriers.v_raw;
+    smem.barriers.v_empty[stage].wait(turn / kStages - 1);
+    bring_tile<VTile>(smem.v(turn), hopper.v, hopper.params.v, whole ? full : raw, key, task.kv_head, task.batch);
+    if (whole) return;
+    raw.wait(raw_turn++);
+#pragma unroll 1
+    for (int row = 0; row < kBlockN; ++row) {
+      if (row < begin || row >= end) clear_row(smem.v(turn), row);
+    }
+    show_written();
+    __syncwarp();  // all have cleared theirs
+    if (threadIdx.x % 32 == 0) full.arrive();
+  }
+
+  static __device__ __forceinline__ void clear_row(uint32 v_smem, int row) {
+#pragma unroll
+    for (int box = 0; box < VTile::kBoxes; ++box) {
+      const uint32 at = v_smem + box * VTile::kBoxBytes + row * 2 * kBox + threadIdx.x % 32 * 4;
+      asm volatile("st.shared.b32 [%0], 0;" ::"r"(at) : "memory");
+    }
+  }
+};

@@ -30,8 +30,6 @@ struct HopperRows : Rows<HopperProducts> {
   static constexpr int kSteps = kBlockN / 16;
   static constexpr T kLowest = -3.4028234e38f;  // the reference of rows that have seen nothing: any score exceeds it by far
   static constexpr bool kHopeful = kSlack > 0 && kHeadDimV <= 128;  // for want of registers: S is kept
-  // So many of every kColumns exponentials are made by products, where the unit for special functions is as busy as the tensor cores.
-  static constexpr int kColumns = 8, kColumnsByProducts = kHeadDim <= 64 ? 2 : 0;
   uint32 p[kSteps][4];
 
   // The largest of each row's scores in this thread. In two chains, for one would wait for itself.
@@ -73,8 +71,7 @@ struct HopperRows : Rows<HopperProducts> {
     for (int r = 0; r < Products::kRows; ++r) {
 #pragma unroll
       for (int c = 0; c < 4 * kCount; ++c) {
-        const T x = s[r][4 * kFirst + c] * scale - pair[r].max;
-        weights[r][c] = c % kColumns < kColumnsByProducts ? exp_2_by_products(x) : exp_2(x);
+        weights[r][c] = exp_2(s[r][4 * kFirst + c] * scale - pair[r].max);
         sums[r][c % 2] += weights[r][c];
       }
     }

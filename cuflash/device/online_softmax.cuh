@@ -19,17 +19,6 @@ __device__ __forceinline__ float exp_2(float x) {
 }
 __device__ __forceinline__ double exp_2(double x) { return exp2(x); }
 
-// 2^x to a relative error of 2.7e-6 without the unit for special functions: 2^x = 2^n 2^f, n an integer, |f| <= 1/2, and 2^f by a
-// polynomial. NaN gives NaN, what is below -127 gives 0, and what is above 127 gives 2^127.
-__device__ __forceinline__ float exp_2_by_products(float x) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 2^23: what is added to it is rounded to an integer, in the lowest bits
-  float bounded;
-  asm("max.NaN.ftz.f32 %0, %1, %2;\n\tmin.NaN.ftz.f32 %0, %0, %3;" : "=f"(bounded) : "f"(x), "f"(-127.0f), "f"(127.0f));
-  const float shifted = bounded + kMagic, f = bounded - (shifted - kMagic);
-  const float power_of_f = (((0.00957010192f * f + 0.0559178618f) * f + 0.240247448f) * f + 0.693121815f) * f + 0.999999261f;
-  return power_of_f * __int_as_float((__float_as_int(shifted) << 23) + 0x3f800000);
-}
-
 // 1 / x to one unit in the last place.
 __device__ __forceinline__ float reciprocal(float x) {
   float y;

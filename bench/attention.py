@@ -1,9 +1,12 @@
 """Attention forward: 4 B H N^2 d operations (half of them when causal), 16,384 tokens a batch."""
 
 import math
+import os
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -17,7 +20,9 @@ from .timing import Contestant, Stopwatch
 UNIT, OVER = "TFLOP/s", "N"  # what is reported, and what it is drawn over
 SECONDS = 75.0  # for the default sweep; least rounds and the start come on top
 TOKENS, WIDTH = 16384, 2048
-DIMS, LENGTHS = (64, 128), (1024, 4096, 16384)
+DIMS, LENGTHS = (64, 128, 256), (512, 1024, 2048, 4096, 8192, 16384)
+FEWER_LENGTHS = (1024, 4096, 16384)  # of float16, which runs as bfloat16 does
+PORTABLE_ARCH = "89"  # the newest whose kernels know nothing of Hopper's instructions
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Case:
     head_dim: int
     length: int
     causal: bool
+    engine: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -50,8 +56,9 @@ class Case:
 
     def build(self, stopwatch: Stopwatch) -> Entry:
         q, k, v = (stopwatch.normal(self.shape, self.dtype) for _ in range(3))
-        contestants = [ours(q, k, v, self.causal), *peers.attention(q, k, v, causal=self.causal)]
+        us = replace(ours(q, k, v, self.causal), scope=partial(only, self.engine))
         judge = by_pieces(pieces(q, k, v, self.causal))
+        contestants = [us, *peers.attention(q, k, v, causal=self.causal)]
         return Entry(contestants, judge, peers.matmul(stopwatch, self.dtype))
 
 
@@ -61,18 +68,40 @@ def arguments(add: Callable[..., Any]) -> None:
     add("--n", nargs="+", type=int, help="lengths of the sequences")
     add("--d", nargs="+", type=int, help="head dimensions")
     add("--causal", nargs="+", choices=("yes", "no"))
+    add("--engine", choices=("sm90", "portable"), help="half types only; by default the GPU's own")
 
 
 def cases(options: Namespace) -> list[Case]:
-    """Return the cases asked for; by default half types everywhere, wide ones at one length."""
+    """Return the cases asked for; by default half types everywhere, wide ones in one shape."""
     causals = [c == "yes" for c in options.causal or ("no", "yes")]
     dims, lengths = options.d or DIMS, options.n or ((4096,) if options.quick else LENGTHS)
-    dtypes = options.dtype or (("bfloat16",) if options.quick else ("bfloat16", "float16"))
-    found = [Case(*c) for c in product(dtypes, dims, lengths, causals)]
+    dtypes = options.dtype or ("bfloat16",)
+    found = [Case(*c, options.engine) for c in product(dtypes, dims, lengths, causals)]
     if not (options.dtype or options.d or options.n or options.causal or options.quick):
-        found += [Case("float32", d, 4096, causal) for d in DIMS for causal in causals]
-        found.append(Case("float64", 128, 4096, False))
+        halves = product(("float16",), DIMS, FEWER_LENGTHS, causals)
+        found += [Case(*c, options.engine) for c in halves]
+        if options.engine is None:
+            found += [Case(*c) for c in product(("float32", "float64"), (128,), (4096,), causals)]
     return found
+
+
+@contextmanager
+def only(engine: str | None) -> Iterator[None]:
+    """Have cuflash use one of its engines, or fail where the GPU has none such."""
+    import cupy
+
+    if engine == "sm90" and cupy.cuda.Device().compute_capability != "90":
+        raise RuntimeError("the sm90 engine needs a GPU of compute capability 9.0")
+    before = os.environ.get("CUFLASH_ARCH")
+    if engine == "portable":
+        os.environ["CUFLASH_ARCH"] = PORTABLE_ARCH
+    try:
+        yield
+    finally:
+        if engine == "portable":
+            os.environ.pop("CUFLASH_ARCH")
+            if before is not None:
+                os.environ["CUFLASH_ARCH"] = before
 
 
 def ours(q: Any, k: Any, v: Any, causal: bool) -> Contestant:

@@ -6,8 +6,9 @@ PyTorch and JAX look at the same memory as the CuPy arrays, through DLPack.
 import importlib
 import math
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -101,8 +102,16 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool) -> list[Contestant]:
         single = [("mem-efficient", "EFFICIENT_ATTENTION")]
         backends = fused if half else single if dtype == "float32" else [("torch math", "MATH")]
         found += [_sdpa(name, backend, q, k, v, causal) for name, backend in backends]
+    if half and find("flash_attn.cute.interface"):
+        found.append(_flash_attention_4(q, k, v, causal))
+    if half and q.shape[-1] == 128 and jax_with_gpu() and find("flash_attn3_jax"):
+        flash = find("flash_attn3_jax").flash_mha
+        found.append(_by_jax("FA3", lambda *qkv: flash(*qkv, is_causal=causal), q, k, v))
     if dtype == "bfloat16" and jax_with_gpu():
-        found.append(_jax_attention(q, k, v, causal))
+        cudnn = partial(
+            jax_with_gpu().nn.dot_product_attention, is_causal=causal, implementation="cudnn"
+        )
+        found.append(_by_jax("JAX cuDNN", cudnn, q, k, v))
     if find("cupyx.scipy.special") and q.shape[-2] <= 4096:  # it holds the N x N scores
         found.append(_unfused(q, k, v, causal))
     return found
@@ -121,17 +130,23 @@ def _sdpa(name: str, backend: str, q: Any, k: Any, v: Any, causal: bool) -> Cont
     return Contestant(name, call, scope)
 
 
-def _jax_attention(q: Any, k: Any, v: Any, causal: bool) -> Contestant:
-    jax = jax_with_gpu()
-
-    @jax.jit
-    def forward(q: Any, k: Any, v: Any) -> Any:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-
+def _flash_attention_4(q: Any, k: Any, v: Any, causal: bool) -> Contestant:
+    flash = find("flash_attn.cute.interface").flash_attn_func
     # Its layout is (batch, length, heads, d): it gets that, not a transpose in its time.
+    tensors = cache(lambda: [as_torch(x).transpose(1, 2).contiguous() for x in (q, k, v)])
+
+    def output(result: Any) -> Any:
+        return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
+
+    return Contestant("FA4", lambda: flash(*tensors(), causal=causal), view=output)
+
+
+def _by_jax(name: str, function: Callable[..., Any], q: Any, k: Any, v: Any) -> Contestant:
+    forward = jax_with_gpu().jit(function)
+    # Both libraries want (batch, length, heads, d) as well.
     arrays = cache(lambda: [as_jax(x.swapaxes(1, 2).copy()) for x in (q, k, v)])
     return Contestant(
-        "JAX cuDNN",
+        name,
         lambda: forward(*arrays()),
         wait=lambda result: result.block_until_ready(),
         view=lambda result: result.swapaxes(1, 2),

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -216,8 +217,8 @@ def test_half_types_leave_no_room_for_a_lost_tile(bench):
 def test_default_sweeps(bench):
     parse = bench.__main__.parse
     attention = bench.attention.cases(parse(["attention"]))
-    assert len(attention) == 29
-    assert attention[0].shape == (16, 32, 1024, 64)
+    assert len(attention) == 58
+    assert attention[0].shape == (32, 32, 512, 64)
     softmax = bench.softmax.cases(parse(["softmax"]))
     assert max(case.matrix.bytes for case in softmax) == 4000 * 1_000_000 * 4
     selection = bench.selection.cases(parse(["selection"]))
@@ -313,3 +314,15 @@ def test_command_line(tmp_path):
     drawn = command("softmax", "--plot-only", "--out", str(tmp_path))
     assert (drawn.returncode, drawn.stdout) == (0, "0 result files drawn\n")
     assert command("attention", "--dtype", "int8").returncode == 2
+
+
+def test_the_portable_engine_is_asked_for_by_the_environment(bench, monkeypatch):
+    monkeypatch.delenv("CUFLASH_ARCH", raising=False)
+    with bench.attention.only("portable"):
+        assert os.environ["CUFLASH_ARCH"] == "89"
+    assert "CUFLASH_ARCH" not in os.environ
+    monkeypatch.setenv("CUFLASH_ARCH", "80")
+    with bench.attention.only("portable"):
+        assert os.environ["CUFLASH_ARCH"] == "89"
+    with bench.attention.only(None):
+        assert os.environ["CUFLASH_ARCH"] == "80"

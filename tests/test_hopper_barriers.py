@@ -1,0 +1,306 @@
+"""A model of who waits for whom in forward_sm90.cu, run in orders that a GPU seldom takes.
+
+A phase of an mbarrier is told from the next one by one bit: who looks too late waits for ever. So
+no warp may fall behind by two phases, however slow it is. The model has the kernel's barriers, its
+roles and its turns, and nothing of its arithmetic; what stands in brackets names the kernel's code.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+WARPS = 4  # of a warpgroup
+ROWS = 64
+TASKS = 4  # kTasks
+
+Step = Callable[[], bool] | None  # what a role waits for; None: it may go on
+Role = Iterator[Step]
+
+
+class Hangs(Exception):
+    """Everybody waits."""
+
+
+class Barrier:
+    """[Barrier] of so many arrivals a phase, whose number is known by its lowest bit only."""
+
+    def __init__(self, arrivals: int) -> None:
+        self.arrivals = self.missing = arrivals
+        self.phase = 0
+
+    def arrive(self) -> None:
+        self.missing -= 1
+        if self.missing == 0:
+            self.phase += 1
+            self.missing = self.arrivals
+
+    def over(self, number: int) -> Step:
+        return lambda: self.phase % 2 != number % 2
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """[KeyTiles]"""
+
+    first: int
+    count: int
+
+    @property
+    def last(self) -> int:
+        return self.first + self.count - 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """[Task], with the tiles that each warpgroup's rows see."""
+
+    tiles: Tiles
+    own: tuple[Tiles, ...]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The constants of a kernel: groups, keys of a tile, [kStages], [kQStages]."""
+
+    groups: int
+    keys: int
+    stages: int
+    q_stages: int
+
+
+SHAPES = (Shape(3, 128, 4, 2), Shape(2, 128, 2, 2), Shape(2, 96, 2, 1), Shape(2, 80, 2, 1))
+
+
+@dataclass
+class Block:
+    shape: Shape
+    tasks: list[Task]
+    together: bool = True  # warps wait for one another where turns are left out
+    known: list[Task | None] = field(default_factory=lambda: [None] * TASKS)
+
+    def __post_init__(self) -> None:
+        groups, stages = self.shape.groups, self.shape.stages
+
+        def pairs(places: int, full: int, empty: int) -> list[tuple[Barrier, Barrier]]:
+            return [(Barrier(full), Barrier(empty)) for _ in range(places)]
+
+        self.task = pairs(TASKS, 1, WARPS * groups)
+        self.q = pairs(self.shape.q_stages, 1, groups)
+        self.k, self.v = pairs(stages, 1, groups), pairs(stages, 1, groups)
+        self.met: dict[tuple[int, int], int] = {}  # warps of a group, by how often they have met
+
+    @staticmethod
+    def full(ring: list[tuple[Barrier, Barrier]], turn: int) -> Step:
+        return ring[turn % len(ring)][0].over(turn // len(ring))
+
+    @staticmethod
+    def fill(ring: list[tuple[Barrier, Barrier]], turn: int) -> Role:
+        """Wait until a place is empty, and say some time later that it is full."""
+        yield ring[turn % len(ring)][1].over(turn // len(ring) - 1)
+        yield None
+        ring[turn % len(ring)][0].arrive()
+
+    def scheduler(self) -> Role:
+        for turn, task in enumerate([*self.tasks, None]):
+            yield self.task[turn % TASKS][1].over(turn // TASKS - 1)
+            self.known[turn % TASKS] = task
+            self.task[turn % TASKS][0].arrive()
+            if task is not None:
+                yield from self.fill(self.q, turn)
+
+    def loader(self, ring: list[tuple[Barrier, Barrier]]) -> Role:
+        turns = count()
+        for number in count():
+            yield self.full(self.task, number)
+            task = self.known[number % TASKS]
+            if task is None:
+                return
+            for _ in range(task.tiles.count):
+                yield from self.fill(ring, next(turns))
+
+    def warp(self, group: int, warp: int) -> Role:
+        """[Multiplier]"""
+        number = turn = meetings = 0
+
+        def meet() -> Role:  # a product, or [sync_warpgroup]
+            nonlocal meetings
+            place = group, meetings
+            meetings += 1
+            self.met[place] = self.met.get(place, 0) + 1
+            yield lambda: self.met[place] == WARPS
+
+        def release(ring: list[tuple[Barrier, Barrier]], place: int) -> None:
+            if warp == 0:
+                ring[place % len(ring)][1].arrive()
+
+        def take() -> Iterator[Step]:
+            yield self.full(self.task, number)
+            return self.known[number % TASKS]
+
+        def leave_out(turns: int) -> Role:
+            nonlocal turn
+            for _ in range(turns):
+                yield self.full(self.k, turn)
+                yield self.full(self.v, turn)
+                if self.together:
+                    yield from meet()
+                release(self.k, turn)
+                release(self.v, turn)
+                turn += 1
+
+        def enter(task: Task) -> Role:
+            yield from leave_out(task.tiles.last - task.own[group].last)
+            yield self.full(self.q, number)
+            yield self.full(self.k, turn)
+
+        def outputs(of: int) -> Role:
+            yield self.full(self.v, of)
+            yield from meet()
+
+        def leave_task(of: int) -> None:
+            self.task[of % TASKS][1].arrive()
+
+        while True:
+            task = yield from take()  # [find_task]
+            if task is None:
+                return
+            if task.own[group].count == 0:
+                yield from leave_out(task.tiles.count)
+                yield self.full(self.q, number)
+                if self.together:
+                    yield from meet()
+                release(self.q, number)
+                leave_task(number)
+                number += 1
+                continue
+            yield from enter(task)
+            yield from meet()
+            release(self.k, turn)
+            follows = True
+            while follows:  # [go_through_task]
+                own = task.own[group]
+                for _ in range(own.count - 1):
+                    yield self.full(self.k, turn + 1)
+                    turn += 1
+                    yield from meet()
+                    yield from outputs(turn - 1)
+                    release(self.k, turn)
+                    yield from meet()
+                    release(self.v, turn - 1)
+                last, rest = turn, own.first - task.tiles.first
+                turn += 1
+                release(self.q, number)
+                number += 1
+                after = yield from take()
+                follows = after is not None and after.own[group].count > 0
+                if follows:
+                    left_out = rest + after.tiles.last - after.own[group].last
+                    follows = left_out < self.shape.stages
+                if follows:
+                    yield from leave_out(rest)
+                    yield from enter(after)
+                    yield from meet()
+                    yield from outputs(last)
+                    release(self.k, turn)
+                    yield from meet()
+                    release(self.v, last)
+                else:
+                    yield from outputs(last)
+                    yield from meet()
+                    release(self.v, last)
+                    yield from leave_out(rest)
+                leave_task(number - 1)
+                task = after
+
+    def run(self, order: random.Random) -> None:
+        """Go on until everybody has ended. One role, drawn too, is much slower than the others."""
+        roles: dict[str, Role] = {
+            "scheduler": self.scheduler(),
+            "k": self.loader(self.k),
+            "v": self.loader(self.v),
+        }
+        for group in range(self.shape.groups):
+            for warp in range(WARPS):
+                roles[f"warp {group}.{warp}"] = self.warp(group, warp)
+        waits: dict[str, Step] = dict.fromkeys(roles)
+        slow = order.choice(list(roles))
+        while roles:
+            able = [name for name, step in waits.items() if step is None or step()]
+            if not able:
+                raise Hangs(list(roles))
+            if len(able) > 1 and slow in able and order.random() < 0.98:
+                able.remove(slow)
+            name = order.choice(able)
+            try:
+                waits[name] = next(roles[name])
+            except StopIteration:
+                del roles[name], waits[name]
+
+
+def tiles(begin: int, end: int, keys: int) -> Tiles:
+    first = begin // keys
+    return Tiles(first, (end - 1) // keys + 1 - first if end > begin else 0)
+
+
+def make_task(shape: Shape, first: int, width: int, length: int, rows: int) -> Task:
+    """[KeyInterval]: row i sees the keys from first + i to first + width + i that there are."""
+
+    def between(top: int, bottom: int) -> Tiles:
+        begin, end = max(first + top, 0), max(min(first + width + bottom, length), 0)
+        return tiles(begin, end, shape.keys) if bottom >= top else Tiles(0, 0)
+
+    tops = [ROWS * group for group in range(shape.groups)]
+    own = tuple(between(top, min(top + ROWS, rows) - 1) for top in tops)
+    return Task(between(0, rows - 1), own)
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> tuple[Shape, list[Task]]:
+    shape = draw(st.sampled_from(SHAPES))
+    made = [
+        make_task(
+            shape,
+            first=draw(st.integers(-300, 300)),
+            width=draw(st.integers(1, 700)),
+            length=draw(st.integers(1, 900)),
+            rows=draw(st.integers(1, ROWS * shape.groups)),
+        )
+        for _ in range(draw(st.integers(1, 6)))
+    ]
+    return shape, [task for task in made if task.tiles.count > 0]  # the scheduler fills in others
+
+
+WINDOW = make_task(SHAPES[1], 200, 300, 900, 128), make_task(SHAPES[1], 70, 300, 900, 128)
+FEW_ROWS = make_task(SHAPES[0], 0, 700, 900, 64), make_task(SHAPES[0], 0, 192, 900, 192)
+
+
+@given(blocks(), st.randoms(use_true_random=False))
+@example((SHAPES[1], [*WINDOW]), random.Random(0))
+@example((SHAPES[0], [*FEW_ROWS]), random.Random(0))
+def test_nobody_waits_for_ever(block: tuple[Shape, list[Task]], order: random.Random) -> None:
+    Block(*block).run(order)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_causal_tiles_in_order(seed: int) -> None:
+    for shape in SHAPES:
+        rows = ROWS * shape.groups
+        tops = range(0, 1024, rows)
+        causal = [make_task(shape, top - 2048, 2049, 1024, min(rows, 1024 - top)) for top in tops]
+        Block(shape, causal[::-1]).run(random.Random(seed))
+
+
+def test_the_model_finds_warps_that_miss_a_phase() -> None:
+    """Without the meetings where turns are left out, some order hangs."""
+
+    def many_orders() -> None:
+        for seed in range(300):
+            Block(SHAPES[0], [*FEW_ROWS] * 3, together=False).run(random.Random(seed))
+
+    with pytest.raises(Hangs):
+        many_orders()

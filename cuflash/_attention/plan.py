@@ -71,7 +71,7 @@ class Engine:
     loaders : int
         Warps of a block beside those that have rows.
     box : int
-        Columns in shared memory are a multiple of this.
+        Columns in shared memory are a multiple of this, and head dims at least as large.
     barriers : int
         Bytes of shared memory behind the tiles.
     persistent : bool
@@ -245,10 +245,10 @@ def uses_hopper(problem: Problem, gpu: Gpu) -> bool:
     return gpu.arch == 90 and not gpu.forced and problem.dtype in ("float16", "bfloat16")
 
 
-def head_dims(problem: Problem, tile: Tile) -> tuple[int, int]:
+def head_dims(engine: Engine, problem: Problem, tile: Tile) -> tuple[int, int]:
     """(kHeadDim, kHeadDimV): buckets, the second no larger than the first nor than tile.columns."""
     d, d_v = (
-        next(size for size in BUCKETS if size >= dim)
+        next(size for size in BUCKETS if size >= max(dim, engine.box))
         for dim in (problem.head_dim, problem.head_dim_v)
     )
     return max(d, d_v), min(d_v, tile.columns)
@@ -269,7 +269,7 @@ def _tile(engine: Engine, problem: Problem, gpu: Gpu) -> Tile:
 def shared_memory(engine: Engine, problem: Problem, tile: Tile, staged: bool = False) -> int:
     """Bytes a block: Q, then each stage's K and V, then O where it is staged, then barriers."""
     size = engine.operand_bytes or BYTES[problem.dtype]
-    d, d_v = (-(-dim // engine.box) * engine.box for dim in head_dims(problem, tile))
+    d, d_v = (-(-dim // engine.box) * engine.box for dim in head_dims(engine, problem, tile))
     queries = tile.query_stages * tile.queries
     elements = queries * d + tile.stages * tile.keys * (d + d_v) + staged * tile.queries * d_v
     return size * elements + engine.barriers
@@ -286,7 +286,7 @@ def plan(
     staged: bool = False,
 ) -> Plan:
     """Spell out a chosen tile as a launch, of as many blocks at most as there are places."""
-    d, d_v = head_dims(problem, tile)
+    d, d_v = head_dims(engine, problem, tile)
     slices = -(-problem.head_dim_v // d_v)
     tiles = -(-problem.len_q // tile.queries)
     pairs = pairs_of_heads(problem)

@@ -76,7 +76,6 @@ template <typename Element, int N> struct Products64;
 #define WGMMA_PRODUCTS_OF_BOTH(n, ...) \
   WGMMA_PRODUCTS(float16, "f16", n, __VA_ARGS__) WGMMA_PRODUCTS(bfloat16, "bf16", n, __VA_ARGS__)
 
-WGMMA_PRODUCTS_OF_BOTH(32, "%16", "%17", "%18", "%19", "%20", "%21")
 WGMMA_PRODUCTS_OF_BOTH(64, "%32", "%33", "%34", "%35", "%36", "%37")
 WGMMA_PRODUCTS_OF_BOTH(80, "%40", "%41", "%42", "%43", "%44", "%45")
 WGMMA_PRODUCTS_OF_BOTH(96, "%48", "%49", "%50", "%51", "%52", "%53")

@@ -52,11 +52,15 @@ class Case:
 
     def labels(self) -> dict[str, str | int]:
         causal = "yes" if self.causal else "no"
-        return {"dtype": self.dtype, "d": self.head_dim, "N": self.length, "causal": causal}
+        engine = {} if self.engine is None else {"engine": self.engine}
+        shape = {"dtype": self.dtype, "d": self.head_dim, "N": self.length, "causal": causal}
+        return engine | shape
 
     def build(self, stopwatch: Stopwatch) -> Entry:
         q, k, v = (stopwatch.normal(self.shape, self.dtype) for _ in range(3))
-        us = replace(ours(q, k, v, self.causal), scope=partial(only, self.engine))
+        us = with_engine(
+            ours(q, k, v, self.causal), self.engine, partial(planned, q, k, v, self.causal)
+        )
         judge = by_pieces(pieces(q, k, v, self.causal))
         contestants = [us, *peers.attention(q, k, v, causal=self.causal)]
         return Entry(contestants, judge, peers.matmul(stopwatch, self.dtype))
@@ -87,27 +91,40 @@ def cases(options: Namespace) -> list[Case]:
 
 @contextmanager
 def only(engine: str | None) -> Iterator[None]:
-    """Have cuflash use one of its engines, or fail where the GPU has none such."""
-    import cupy
-
-    if engine == "sm90" and cupy.cuda.Device().compute_capability != "90":
-        raise RuntimeError("the sm90 engine needs a GPU of compute capability 9.0")
+    """Have cuflash use one of its engines, whatever the environment says; None: as it says."""
     before = os.environ.get("CUFLASH_ARCH")
+    if engine is not None:
+        os.environ.pop("CUFLASH_ARCH", None)
     if engine == "portable":
         os.environ["CUFLASH_ARCH"] = PORTABLE_ARCH
     try:
         yield
     finally:
-        if engine == "portable":
-            os.environ.pop("CUFLASH_ARCH")
-            if before is not None:
-                os.environ["CUFLASH_ARCH"] = before
+        os.environ.pop("CUFLASH_ARCH", None)
+        if before is not None:
+            os.environ["CUFLASH_ARCH"] = before
+
+
+def with_engine(us: Contestant, engine: str | None, planned: Callable[[], str]) -> Contestant:
+    """Return the contestant with one engine; RuntimeError where cuflash would take another."""
+    if engine is None:
+        return us
+    with only(engine):
+        if ("forward_sm90" in planned()) != (engine == "sm90"):
+            raise RuntimeError(f"the {engine} engine is not for this GPU:\n{planned()}")
+    return replace(us, scope=partial(only, engine))
 
 
 def ours(q: Any, k: Any, v: Any, causal: bool) -> Contestant:
     import cuflash
 
     return Contestant(OURS, lambda: cuflash.attention(q, k, v, causal=causal))
+
+
+def planned(q: Any, k: Any, v: Any, causal: bool) -> str:
+    import cuflash
+
+    return cuflash.explain(cuflash.attention, q, k, v, causal=causal)
 
 
 def host(stopwatch: Stopwatch) -> dict[str, dict[str, float]]:

@@ -14,6 +14,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = (
     *("numpy", "ml_dtypes", "torch", "jax", "cupy-cuda13x", "cupy-cuda12x"),
     *("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"),
+    *("flash-attn-4", "nvidia-cutlass-dsl", "flash-attn3-jax"),
 )
 
 

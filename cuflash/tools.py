@@ -75,8 +75,9 @@ def warmup(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
     f : callable
         A function of cuflash, such as ``cuflash.attention``.
     *args, **kwargs
-        What it will be called with. Kernels of attention depend on dtypes and head dims alone,
-        those of the softmax family also on lengths and strides.
+        What it will be called with. Kernels of attention depend on dtypes and head dims, and on
+        Hopper on whether TMA can read and write the arrays where they lie; those of the softmax
+        family also on lengths and strides.
 
     Returns
     -------

@@ -219,17 +219,48 @@ def test_blocks_are_no_more_than_fit_at_a_time() -> None:
         ).grid == (blocks, 1, 1)
 
 
-@given(tiles=st.integers(1, 200), pairs=st.integers(1, 600))
-def test_groups_of_heads_leave_little_of_a_round(tiles: int, pairs: int) -> None:
-    hopper = gpu.of_arch(90)
-    asked = replaced(batch=(pairs,), heads=1, kv_heads=1, len_q=128 * tiles, len_k=128 * tiles)
+@given(
+    len_q=st.integers(1, 9000),
+    pairs=st.integers(1, 300),
+    window=st.sampled_from([(None, 0), (512, 0), (100, 100)]),
+)
+def test_groups_of_heads_give_blocks_as_much_to_do(
+    len_q: int, pairs: int, window: tuple[int | None, int]
+) -> None:
+    hopper, (left, right) = gpu.of_arch(90), window
+    asked = replaced(
+        batch=(pairs,), heads=1, kv_heads=1, len_q=len_q, len_k=len_q, left=left, right=right
+    )
+    chosen = plan.choose(asked, hopper, "float16")
+    heads = plan.sweep(asked, hopper, chosen)
     portable = plan.choose(asked, hopper, "float16", obstacle="compared with")
-    heads = plan.sweep(asked, hopper, plan.choose(asked, hopper, "float16"))
-    least = plan.sweep(asked, hopper, portable)
-    assert 1 <= min(pairs, least) <= heads <= pairs
-    rounds = 2 * hopper.multiprocessors
-    if heads < pairs and pairs > least + rounds:
-        assert -heads * tiles % rounds < rounds / 8 or heads * tiles >= 8 * rounds
+    least = min(pairs, max(plan.LEAST_TOGETHER, plan.sweep(asked, hopper, portable)))
+    assert least <= heads <= min(pairs, least + plan.MORE_TOGETHER)
+    costs = plan.tile_costs(asked, chosen)
+    work = [plan.imbalance(costs, pairs, each, chosen.grid[0]) for each in (heads, least)]
+    assert work[0] <= work[1] + 0.01
+
+
+def test_causal_blocks_have_as_much_to_do() -> None:
+    """Lengths of the bench, at 16,384 tokens of 16 heads."""
+    hopper = gpu.of_arch(90)
+    for len_q in (512, 1024, 2048, 4096, 8192, 16384):
+        batch, causal = 16384 // len_q, {"left": None, "right": 0}
+        asked = replaced(
+            batch=(batch,),
+            heads=16,
+            kv_heads=16,
+            len_q=len_q,
+            len_k=len_q,
+            head_dim=128,
+            head_dim_v=128,
+            **causal,
+        )
+        chosen = plan.choose(asked, hopper, "float16")
+        costs = plan.tile_costs(asked, chosen)
+        heads = plan.sweep(asked, hopper, chosen)
+        # What cannot be shared out evenly is the last round, of the smallest tiles.
+        assert plan.imbalance(costs, 16 * batch, heads, chosen.grid[0]) < 1.04, len_q
 
 
 @pytest.mark.parametrize(
@@ -265,3 +296,24 @@ def test_what_the_copy_engine_cannot_read(host, monkeypatch, layout: str, reason
     found = host.obstacle(asked, operands, strides)
     assert (found is None) == (reason is None)
     assert reason is None or reason in found
+
+
+@pytest.mark.parametrize(
+    ("columns", "first", "passed", "staged"),
+    [(64, 0, False, True), (20, 0, False, False), (64, 0, True, True), (64, 4, True, False)],
+)
+def test_plans_know_where_the_output_lies(
+    host, monkeypatch, columns: int, first: int, passed: bool, staged: bool
+) -> None:
+    """Ahead of a call as well: warmup would compile another kernel otherwise."""
+    monkeypatch.setattr(host.gpus, "current", lambda: gpu.of_arch(90))
+    monkeypatch.setattr(host.compile, "takes_exact", lambda: True)
+    monkeypatch.setattr(host, "copied", lambda operands: ())
+    monkeypatch.setattr(host, "readable", lambda array: array.ctypes.data % 16 == 0)
+    q = np.zeros((2, 3, 5, 64), np.float16)
+    room = np.zeros((2, 3, 5, 72), np.float16)
+    out = room[..., first : first + columns] if passed else None
+    asked = replaced(batch=(2,), heads=3, kv_heads=3, len_q=5, len_k=5, head_dim_v=columns)
+    operands = Operands(q=q, k=q, v=q[..., :columns], given=(out, None))
+    (chosen,) = host.plans(asked, operands)
+    assert dict(chosen.kernel.constants)["kStaged"] == staged

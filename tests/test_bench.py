@@ -326,3 +326,17 @@ def test_the_portable_engine_is_asked_for_by_the_environment(bench, monkeypatch)
         assert os.environ["CUFLASH_ARCH"] == "89"
     with bench.attention.only(None):
         assert os.environ["CUFLASH_ARCH"] == "80"
+    with bench.attention.only("sm90"):
+        assert "CUFLASH_ARCH" not in os.environ
+    assert os.environ["CUFLASH_ARCH"] == "80"
+
+
+def test_an_engine_that_is_not_taken_is_an_error(bench):
+    us = bench.timing.Contestant("cuflash", list)
+    chosen = bench.attention.with_engine(us, "sm90", lambda: "forward_sm90.cu")
+    assert (chosen.name, chosen.call) == ("cuflash", list)
+    with pytest.raises(RuntimeError, match="sm90 engine is not for this GPU"):
+        bench.attention.with_engine(us, "sm90", lambda: "forward_mma.cu")
+    with pytest.raises(RuntimeError, match="portable engine"):
+        bench.attention.with_engine(us, "portable", lambda: "forward_sm90.cu")
+    assert bench.attention.with_engine(us, None, lambda: "anything") is us

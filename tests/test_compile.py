@@ -115,10 +115,16 @@ def test_the_host_knows_the_kernels_shared_memory_and_params(dtype: str) -> None
     compile.cubin(chosen.kernel, arch, also=checks)
 
 
-def test_the_host_knows_the_hopper_kernels_shared_memory_and_params() -> None:
+@pytest.mark.parametrize(
+    ("d", "d_v", "stored"), [(64, 96, True), (64, 64, False), (256, 256, True)]
+)
+def test_the_host_knows_the_hopper_kernels_shared_memory_and_params(
+    d: int, d_v: int, stored: bool
+) -> None:
     from cuflash._attention import gpu as host
 
-    chosen = attention_plan.choose(problem("float16", 64, 96), gpu.of_arch(90), "float16")
+    asked = problem("float16", d, d_v)
+    chosen = attention_plan.choose(asked, gpu.of_arch(90), "float16", stored_by_tma=stored)
     checks = (
         f"static_assert(SharedMemory::kBytes == {chosen.shared_memory});"
         f"static_assert(sizeof(HopperParams) == {host.hopper_dtype().itemsize});"

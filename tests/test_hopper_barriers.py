@@ -184,12 +184,15 @@ class Block:
             follows = True
             while follows:  # [go_through_task]
                 own = task.own[group]
-                for _ in range(own.count - 1):
+                if own.count > 1:
                     yield self.full(self.k, turn + 1)
+                for left in reversed(range(own.count - 1)):
                     turn += 1
                     yield from meet()
                     yield from outputs(turn - 1)
                     release(self.k, turn)
+                    if left:
+                        yield self.full(self.k, turn + 1)
                     yield from meet()
                     release(self.v, turn - 1)
                 last, rest = turn, own.first - task.tiles.first

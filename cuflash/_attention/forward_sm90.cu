@@ -59,7 +59,7 @@ struct Multiplier {
       rows.begin(params.scale_log2);
       float sums[Products::kRows][2] = {};
       rows.make_weights<0, kSteps>(params.scale_log2, sums);
-      rows.check<true>(params.scale_log2, sums);
+      rows.catch_up<true>(params.scale_log2, sums);
 #pragma unroll 1
       while (go_through_task()) {}
     }
@@ -127,7 +127,7 @@ struct Multiplier {
     return more;
   }
 
-  // Waits for the query tile and finds out what this warpgroup has to do of it; false if there is none.
+  // Waits for the next query tile and finds out which of its keys this warpgroup's rows see; false if there is no query tile.
   __device__ __forceinline__ bool take_task() {
     const Task& task = smem.task(q_turn);
     const int top = 64 * group, bottom = min_of(top + 64, task.keys.rows) - 1;
@@ -215,15 +215,15 @@ struct Multiplier {
 #pragma unroll
     for (int box = 0; box < OTile::kBoxes; ++box) {
       const uint32 from = smem.base + SharedMemory::kO + box * OTile::kBoxBytes + top * 2 * kBox;
-      send(hopper.out, from, box * kBox, task.row + top, place(task.head, params.out.head),
-           place(task.batch[0], params.out.batch[kBatchAxes - 1]), place(task.batch[1], params.out.batch[kBatchAxes - 2]));
+      send(hopper.out, from, box * kBox, task.row + top, place_along(task.head, params.out.head),
+           place_along(task.batch[0], params.out.batch[kBatchAxes - 1]), place_along(task.batch[1], params.out.batch[kBatchAxes - 2]));
     }
     stores_end();
   }
 
   // P of the newest turn, while the product of the turn before is under way: half of the weights wait until that has read the P before.
   template <bool kFirstOfTask> __device__ __forceinline__ void make_weights(uint32 before) {
-    if (!HopperRows::kHopeful && !kFirstOfTask) rows.follow(params.scale_log2, [&] { have_outputs(); });
+    if (!HopperRows::kWeightsFirst && !kFirstOfTask) rows.follow(params.scale_log2, [&] { have_outputs(); });
     float sums[Products::kRows][2] = {};
     float half[Products::kRows][4 * kHalf];
     rows.exponentiate<0, kHalf>(params.scale_log2, half, sums);
@@ -232,10 +232,10 @@ struct Multiplier {
     release_v(before);
     rows.pair_up<0, kHalf>(half);
     rows.make_weights<kHalf, kSteps>(params.scale_log2, sums);
-    rows.check<kFirstOfTask>(params.scale_log2, sums);
+    rows.catch_up<kFirstOfTask>(params.scale_log2, sums);
   }
 
-  // Keeps the compiler from waiting before it has computed this: for a store that never happens, sums being positive.
+  // Keeps the compiler from waiting before it has computed this: for a store that never happens, sums not being negative.
   __device__ __forceinline__ void stay_here(float sum) const {
     asm volatile("{\n\t.reg .pred never;\n\tsetp.lt.f32 never, %0, 0f00000000;\n\t@never st.shared.f32 [%1], %0;\n\t}" ::"f"(sum),
                  "r"(smem.base)

@@ -102,6 +102,8 @@ def forward(problem: Problem, operands: Operands) -> None:
 
 def plans(problem: Problem, operands: Operands) -> list[Plan]:
     """The launches of `forward`, without launching."""
+    given = (x[None] if operands.one_head and x is not None else x for x in operands.given)
+    operands = replace(operands, **dict(zip(("out", "lse"), given)))
     shape, _ = collapse(operands)
     return [planned(problem, operands, operands)[1]] * math.prod(shape[:-BATCH_AXES])
 
@@ -144,7 +146,7 @@ def stored_by_tma(
     problem: Problem, operands: Operands, strides: dict[str, tuple[int, ...]]
 ) -> bool:
     """Whether Hopper's copy engine can write the output."""
-    if operands.out is None:  # nobody launches; it would be contiguous
+    if operands.out is None:  # nobody launches, and what would be allocated is contiguous
         return problem.head_dim_v % 8 == 0
     return readable(operands.out) and tensor_maps.fits(*axes(problem, operands.out, strides["out"]))
 

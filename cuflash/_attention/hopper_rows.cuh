@@ -28,8 +28,8 @@ struct HopperProducts : MmaLayout {
 struct HopperRows : Rows<HopperProducts> {
   using Products = HopperProducts;
   static constexpr int kSteps = kBlockN / 16;
-  static constexpr T kLowest = -3.4028234e38f;  // the reference of rows that have seen nothing: any score exceeds it by far
-  static constexpr bool kHopeful = kSlack > 0 && kHeadDimV <= 128;  // for want of registers: S is kept
+  static constexpr T kLowest = -3.4028234e38f;  // the reference of rows that have seen nothing, which finite scores exceed by far
+  static constexpr bool kWeightsFirst = kSlack > 0 && kHeadDimV <= 128;  // S must be kept for it: otherwise registers are wanting
   uint32 p[kSteps][4];
 
   // The largest of each row's scores in this thread. In two chains, for one would wait for itself.
@@ -95,13 +95,13 @@ struct HopperRows : Rows<HopperProducts> {
     pair_up<kFirst, kEnd - kFirst>(weights);
   }
 
-  // Looks at the sums of a tile whose P was made without looking at its scores first. Where one is so large that a score may exceed the
-  // reference by more than kSlack, that follows, and so do O, which is complete, and P.
-  template <bool kIsRight> __device__ __forceinline__ void check(T scale, T (&sums)[Products::kRows][2]) {
+  // Adds up the sums of a tile. Where its P was made without looking at the scores first, and a sum is so large that one of them may exceed
+  // the reference by more than kSlack: raises the reference before, rescales O, which is complete, and makes P again.
+  template <bool kReferenceIsMaximum> __device__ __forceinline__ void catch_up(T scale, T (&sums)[Products::kRows][2]) {
     bool behind = false;
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) behind |= sums[r][0] + sums[r][1] > T(1 << kSlack);
-    if (kHopeful && !kIsRight && seldom(__any_sync(0xffffffffu, behind))) {
+    if (kWeightsFirst && !kReferenceIsMaximum && seldom(__any_sync(0xffffffffu, behind))) {
       T highest[Products::kRows];
       find_highest(highest);
 #pragma unroll
@@ -145,7 +145,7 @@ struct HopperRows : Rows<HopperProducts> {
     return count < 32 ? (1u << count) - 1 : ~0u;
   }
 
-  // The query tile's sums are complete: lse goes out. Gives what O is to be multiplied by.
+  // The query tile's sums are complete: lse goes out. Gives what O is to be multiplied by: 0 for rows that saw no key, and for no others.
   __device__ __forceinline__ void close(const Params& params, const Task& task, T (&inverse)[Products::kRows]) {
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {
@@ -155,7 +155,8 @@ struct HopperRows : Rows<HopperProducts> {
       if (row < task.keys.rows && params.lse.data != nullptr && Products::key(0) == 0) {
         task.rows_of(params.lse)[row * params.lse.row] = empty ? -infinity<T>() : pair[r].log_sum() * T(kLn2);
       }
-      inverse[r] = empty ? T(0) : reciprocal(pair[r].sum);
+      const T inverse_or_nan = pair[r].sum < T(1e37) ? reciprocal(pair[r].sum) : infinity<T>() * T(0);  // NaN also of what overflowed
+      inverse[r] = empty ? T(0) : inverse_or_nan;
     }
   }
 

@@ -101,7 +101,7 @@ struct SharedMemory {
 __device__ __forceinline__ int in_common(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // Along a broadcast axis an array has one place.
-__device__ __forceinline__ int place(int at, int64 stride) { return stride == 0 ? 0 : at; }
+__device__ __forceinline__ int place_along(int at, int64 stride) { return stride == 0 ? 0 : at; }
 
 // Has all boxes of a tile brought, by one lane of a warp, once all lanes have come here: one that lagged two phases behind would wait
 // for ever.
@@ -113,8 +113,8 @@ __device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, cons
   barrier.expect(Tile::kBytes);
 #pragma unroll
   for (int box = 0; box < Tile::kBoxes; ++box) {
-    bring(to + box * Tile::kBoxBytes, map, barrier, box * kBox, row, place(head, array.head),
-          place(batch[0], array.batch[kBatchAxes - 1]), place(batch[1], array.batch[kBatchAxes - 2]));
+    bring(to + box * Tile::kBoxBytes, map, barrier, box * kBox, row, place_along(head, array.head),
+          place_along(batch[0], array.batch[kBatchAxes - 1]), place_along(batch[1], array.batch[kBatchAxes - 2]));
   }
 }
 

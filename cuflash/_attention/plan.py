@@ -6,6 +6,8 @@ import functools
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..jit.gpu import Gpu
 from ..jit.launch import Plan
 from ..jit.source import Kernel
@@ -93,7 +95,10 @@ class Engine:
     exact: bool = False
 
 
-LEAST_TOGETHER = 16  # heads at a time where blocks go through many query tiles
+# Of blocks that go through many query tiles: heads that advance together at least, and how many
+# more may; the query tiles up to which it is foreseen which block has how much to do; and what the
+# change from one query tile to the next costs, in key tiles.
+LEAST_TOGETHER, MORE_TOGETHER, MOST_FORESEEN, CHANGE = 16, 32, 1 << 16, 1.5
 # One block a multiprocessor, whose loaders leave their registers to the others.
 _HOPPER = Engine(
     "_attention/forward_sm90.cu",
@@ -347,12 +352,13 @@ def merge(dtype: str, output: str, shape: tuple[int, ...], copies: tuple[str, ..
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
     """How many (batch, head) pairs advance through their query tiles together.
 
     Where rows see different numbers of keys, blocks with most work start first, in groups of heads
     whose K and V fill half of L2; otherwise a head's tiles follow one another and share its keys.
-    Blocks that go through many tiles have as much to do as others only where groups fill rounds.
+    Blocks that go through many tiles do not have as much to do as others with every group size.
     """
     if problem.left is None and problem.right is None:
         return 1
@@ -361,18 +367,44 @@ def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
     together = max(1, gpu.l2_bytes // 2 // max(size, 1) * problem.group)
     if not is_hopper(chosen) or together >= pairs:
         return min(pairs, together)
-    # Of rounds over all blocks, to and fro, a group should leave none unfinished.
-    tiles, rounds = query_tiles(problem, chosen), 2 * gpu.multiprocessors
-    together = max(together, LEAST_TOGETHER)
+    least = min(pairs, max(together, LEAST_TOGETHER))
+    if query_tiles(problem, chosen) * pairs > MOST_FORESEEN:
+        return least
+    costs = tile_costs(problem, chosen)
     return min(
-        range(min(pairs, together), min(pairs, together + rounds // math.gcd(tiles, rounds)) + 1),
-        key=lambda heads: (-heads * tiles % rounds / (heads * tiles), heads),
+        range(least, min(pairs, least + MORE_TOGETHER) + 1),
+        key=lambda heads: (round(imbalance(costs, pairs, heads, chosen.grid[0]), 2), heads),
     )
 
 
 def query_tiles(problem: Problem, chosen: Plan) -> int:
     """Query tiles of one head."""
     return -(-problem.len_q // int(dict(chosen.kernel.constants)["kBlockM"]))
+
+
+def tile_costs(problem: Problem, chosen: Plan) -> np.ndarray:
+    """What each query tile of a head costs, from the last to the first, in key tiles."""
+    constants = dict(chosen.kernel.constants)
+    queries, keys = int(constants["kBlockM"]), int(constants["kBlockN"])
+    len_q, len_k = problem.len_q, problem.len_k
+    start = len_k - len_q if problem.q_start is None else problem.q_start
+    top = np.arange(0, len_q, queries)[::-1]
+    bottom = np.minimum(top + queries, len_q) - 1
+    begin, end = np.zeros_like(top), np.full_like(top, len_k)
+    if problem.left is not None:
+        begin = np.clip(start + top - problem.left, 0, len_k)
+    if problem.right is not None:
+        end = np.clip(start + bottom + problem.right + 1, 0, len_k)
+    return np.where(end > begin, (end - 1) // keys + 1 - begin // keys + CHANGE, 0.0)
+
+
+def imbalance(costs: np.ndarray, pairs: int, together: int, blocks: int) -> float:
+    """What the busiest block has to do, as a multiple of the mean: blocks go to and fro."""
+    groups = [min(together, pairs - first) for first in range(0, pairs, together)]
+    work = np.concatenate([np.repeat(costs, heads) for heads in groups])
+    rounds = np.append(work, np.zeros(-len(work) % blocks)).reshape(-1, blocks)
+    rounds[1::2] = rounds[1::2, ::-1]
+    return float(rounds.sum(0).max() * blocks / max(work.sum(), 1.0))
 
 
 def pairs_of_heads(problem: Problem) -> int:

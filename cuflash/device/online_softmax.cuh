@@ -19,7 +19,7 @@ __device__ __forceinline__ float exp_2(float x) {
 }
 __device__ __forceinline__ double exp_2(double x) { return exp2(x); }
 
-// 1 / x to one unit in the last place.
+// 1 / x to one unit in the last place, for x from 2^-126 to 2^126.
 __device__ __forceinline__ float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

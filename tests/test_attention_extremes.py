@@ -38,6 +38,24 @@ def test_scales_at_the_ends_of_float32(xp, dtype: str, scale: float) -> None:
     np.testing.assert_allclose(calling.host(out).astype(float), expected, rtol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, "bfloat16"])
+@pytest.mark.parametrize("largest", [1e2, 1e3, 1e4, 6e4])
+def test_huge_scores_give_what_is_right_or_nan(xp, dtype: str, largest: float) -> None:
+    """The key of the highest score has all the weight; a row that overflows is NaN, not wrong."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.uniform(-largest, largest, (2, n, 64)).astype(dtype) for n in (70, 200))
+    v = rng.standard_normal((2, 200, 64)).astype(dtype)
+    scores = np.einsum("hid,hjd->hij", q.astype(float), k.astype(float)) / 8
+    best = scores.argmax(-1)
+    ordered = np.sort(scores, axis=-1)
+    clear = ordered[..., -1] - ordered[..., -2] > 30 + 1e-5 * np.abs(ordered[..., -1])
+    right = np.take_along_axis(v.astype(float), best[..., None], axis=1)
+    out = calling.host(cuflash.attention(*(xp.asarray(x) for x in (q, k, v)))).astype(float)
+    good = np.isnan(out) | np.isclose(out, right, rtol=1e-2, atol=1e-6)
+    assert clear.sum() > 20
+    assert good[clear].all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lengths_of_every_integer_dtype_have_no_upper_end(cp, dtype: str) -> None:
     """A length that no len_k reaches means all keys, on a GPU."""

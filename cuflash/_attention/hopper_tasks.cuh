@@ -64,7 +64,8 @@ struct Task {
 
   // The tile's first row of an array: the batch has two axes at most.
   template <typename T> __device__ __forceinline__ T* rows_of(const Strided<T>& array) const {
-    return array.data + batch[0] * array.batch[kBatchAxes - 1] + batch[1] * array.batch[kBatchAxes - 2] + head * array.head + row * array.row;
+    const int64 of_batch = batch[0] * array.batch[kBatchAxes - 1] + batch[1] * array.batch[kBatchAxes - 2];
+    return array.data + of_batch + head * array.head + row * array.row;
   }
 };
 

@@ -217,7 +217,7 @@ def test_half_types_leave_no_room_for_a_lost_tile(bench):
 def test_default_sweeps(bench):
     parse = bench.__main__.parse
     attention = bench.attention.cases(parse(["attention"]))
-    assert len(attention) == 58
+    assert len(attention) == 78
     assert attention[0].shape == (32, 32, 512, 64)
     softmax = bench.softmax.cases(parse(["softmax"]))
     assert max(case.matrix.bytes for case in softmax) == 4000 * 1_000_000 * 4

@@ -163,6 +163,7 @@ class Block:
             yield from meet()
 
         def leave_task(of: int) -> None:
+            assert self.known[of % TASKS] is self.tasks[of], "it is still there to be stored"
             self.task[of % TASKS][1].arrive()
 
         while True:

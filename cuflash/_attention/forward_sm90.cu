@@ -9,8 +9,9 @@
 // is stored while other products are under way. Keys go from the last to the first, so that tiles with masks come first.
 //
 // Constants: those of tile_loop.cuh, where kThreads are those that multiply, and
-//   kQStages   query tiles in shared memory at a time
-//   kStaged    O leaves by way of shared memory, stored by TMA
+//   kQStages        query tiles in shared memory at a time
+//   kStaged         O leaves by way of shared memory, stored by TMA
+//   kWeightsFirst   registers hold S until its weights are known to be right: its maximum is looked for afterwards, if at all
 #include "_attention/hopper_rows.cuh"
 
 // The keys that all rows of this warp see, for what lies within needs no mask. Rows that do not exist do not count.
@@ -223,7 +224,7 @@ struct Multiplier {
 
   // P of the newest turn, while the product of the turn before is under way: half of the weights wait until that has read the P before.
   template <bool kFirstOfTask> __device__ __forceinline__ void make_weights(uint32 before) {
-    if (!HopperRows::kWeightsFirst && !kFirstOfTask) rows.follow(params.scale_log2, [&] { have_outputs(); });
+    if (!HopperRows::kLooksAfterwards && !kFirstOfTask) rows.follow(params.scale_log2, [&] { have_outputs(); });
     float sums[Products::kRows][2] = {};
     float half[Products::kRows][4 * kHalf];
     rows.exponentiate<0, kHalf>(params.scale_log2, half, sums);
@@ -274,13 +275,13 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
   const Params& params = hopper.params;
   const int jobs = ((params.sweeps - 1) * params.sweep.length + params.last_sweep.length) * ((params.len_q - 1) / kBlockM + 1);
   if (threadIdx.x >= kThreads) {
-    keep_registers<kGroups == 3 ? 32 : 40>();
+    keep_registers<kLoaderRegisters>();
     const int warp = threadIdx.x / 32 - kThreads / 32;
     if (warp == 0) Scheduler{hopper, smem}.run(jobs);
     if (warp == 1) Loader<false>{hopper, smem}.run();
     if (warp == 2) Loader<true>{hopper, smem}.run();
   } else {
-    take_registers<kGroups == 3 ? 160 : 232>();
+    take_registers<kRegisters>();
     Multiplier(hopper, smem).run();
   }
 }

@@ -1,6 +1,7 @@
 // The arithmetic of a warpgroup of forward_sm90.cu: products by wgmma, and the online softmax of 64 rows.
 #include "_attention/hopper_tasks.cuh"
 #include "_attention/mma_layout.cuh"
+#include "device/mma.cuh"
 #include "device/wgmma.cuh"
 
 struct HopperProducts : MmaLayout {
@@ -29,7 +30,7 @@ struct HopperRows : Rows<HopperProducts> {
   using Products = HopperProducts;
   static constexpr int kSteps = kBlockN / 16;
   static constexpr T kLowest = -3.4028234e38f;  // the reference of rows that have seen nothing, which finite scores exceed by far
-  static constexpr bool kWeightsFirst = kSlack > 0 && kHeadDimV <= 128;  // S must be kept for it: otherwise registers are wanting
+  static constexpr bool kLooksAfterwards = kWeightsFirst && kSlack > 0;
   uint32 p[kSteps][4];
 
   // The largest of each row's scores in this thread. In two chains, for one would wait for itself.
@@ -101,7 +102,7 @@ struct HopperRows : Rows<HopperProducts> {
     bool behind = false;
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) behind |= sums[r][0] + sums[r][1] > T(1 << kSlack);
-    if (kWeightsFirst && !kReferenceIsMaximum && seldom(__any_sync(0xffffffffu, behind))) {
+    if (kLooksAfterwards && !kReferenceIsMaximum && seldom(__any_sync(0xffffffffu, behind))) {
       T highest[Products::kRows];
       find_highest(highest);
 #pragma unroll

@@ -5,6 +5,8 @@
 
 constexpr int kGroups = kThreads / 128;  // warpgroups that multiply, each 64 rows
 constexpr int kLoaders = 128;            // threads of the warpgroup that has tiles brought, behind the others
+constexpr int kLoaderRegisters = kGroups == 3 ? 32 : 40, kRegisters = kGroups == 3 ? 160 : 232;  // of a thread: 65536 in all
+static_assert(kLoaders * kLoaderRegisters + kThreads * kRegisters <= 65536, "setmaxnreg would wait for registers that nobody gives");
 constexpr int kBox = 64;                 // columns of 16 bits that TMA brings at a time: rows of 128 bytes
 
 struct HopperParams {

@@ -95,10 +95,11 @@ class Engine:
     exact: bool = False
 
 
-# Of blocks that go through many query tiles: heads that advance together at least, and how many
-# more may; the query tiles up to which it is foreseen which block has how much to do; and what the
-# change from one query tile to the next costs, in key tiles.
-LEAST_TOGETHER, MORE_TOGETHER, MOST_FORESEEN, CHANGE = 16, 32, 1 << 16, 1.5
+# Where blocks go through many query tiles:
+LEAST_TOGETHER, MORE_TOGETHER = 16, 32  # heads that advance together, and how many more may
+MOST_FORESEEN = 1 << 16  # query tiles up to which it is foreseen which block has how much to do
+CHANGE = 1.5  # key tiles that going on to the next query tile costs
+WEIGHTS_FIRST = 128  # columns of V up to which registers hold the scores until the end
 # One block a multiprocessor, whose loaders leave their registers to the others.
 _HOPPER = Engine(
     "_attention/forward_sm90.cu",
@@ -316,6 +317,7 @@ def plan(
     }
     if engine.persistent:
         constants |= {"kQStages": tile.query_stages, "kStaged": staged}
+        constants["kWeightsFirst"] = d_v <= WEIGHTS_FIRST
     return Plan(
         kernel=Kernel(
             engine.file,
@@ -386,8 +388,7 @@ def tile_costs(problem: Problem, chosen: Plan) -> np.ndarray:
     """What each query tile of a head costs, from the last to the first, in key tiles."""
     constants = dict(chosen.kernel.constants)
     queries, keys = int(constants["kBlockM"]), int(constants["kBlockN"])
-    len_q, len_k = problem.len_q, problem.len_k
-    start = len_k - len_q if problem.q_start is None else problem.q_start
+    len_q, len_k, start = problem.len_q, problem.len_k, first_position(problem)
     top = np.arange(0, len_q, queries)[::-1]
     bottom = np.minimum(top + queries, len_q) - 1
     begin, end = np.zeros_like(top), np.full_like(top, len_k)
@@ -412,10 +413,14 @@ def pairs_of_heads(problem: Problem) -> int:
     return problem.heads * math.prod(problem.batch)
 
 
+def first_position(problem: Problem) -> int:
+    """Where the first query stands among the keys, with all of len_k where lengths are arrays."""
+    return problem.len_k - problem.len_q if problem.q_start is None else problem.q_start
+
+
 def visible(problem: Problem) -> int:
     """Scores of one head that are not masked, with all of len_k where lengths are arrays."""
-    len_q, len_k = problem.len_q, problem.len_k
-    start = len_k - len_q if problem.q_start is None else problem.q_start
+    len_q, len_k, start = problem.len_q, problem.len_k, first_position(problem)
     end = len_k * len_q
     if problem.right is not None:
         end = _clamped_sum(start + problem.right + 1, len_q, len_k)

@@ -14,6 +14,10 @@ __device__ __forceinline__ void load_matrices_transposed(uint32 (&to)[4], uint32
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
 }
+// stmatrix, 9.7.14.5.16: the way back (sm_90).
+__device__ __forceinline__ void store_matrices(uint32 row, uint32 a, uint32 b, uint32 c, uint32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
 
 // mma.m16n8k16, PTX ISA 9.7.14.5.8: c += a b, with a 16 x 16, b 16 x 8, both 16-bit. sm_75 has the half-long m16n8k8 only.
 template <typename Element>

@@ -58,14 +58,6 @@ __device__ __forceinline__ void stores_end() { asm volatile("cp.async.bulk.commi
 // Until all groups of this thread have been read from shared memory.
 __device__ __forceinline__ void stores_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-// Four 8 x 8 matrices of 16-bit numbers, fragments as of mma.sync, go to rows of 16 bytes whose addresses the lanes name, 8 each.
-__device__ __forceinline__ void store_matrices(uint32 row, uint32 a, uint32 b, uint32 c, uint32 d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
-// Until all of a warpgroup have come here.
-__device__ __forceinline__ void sync_warpgroup(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
-
 // Moves registers between the warpgroups of a block, whose sum stays what the kernel was launched with.
 template <int kRegisters> __device__ __forceinline__ void keep_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));

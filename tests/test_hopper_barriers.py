@@ -90,7 +90,7 @@ class Block:
             return [(Barrier(full), Barrier(empty)) for _ in range(places)]
 
         self.task = pairs(TASKS, 1, WARPS * groups)
-        self.q = pairs(self.shape.q_stages, 1, groups)
+        self.q = [pairs(self.shape.q_stages, 1, 1) for _ in range(groups)]
         self.k, self.v = pairs(stages, 1, groups), pairs(stages, 1, groups)
         self.met: dict[tuple[int, int], int] = {}  # warps of a group, by how often they have met
 
@@ -111,7 +111,8 @@ class Block:
             self.known[turn % TASKS] = task
             self.task[turn % TASKS][0].arrive()
             if task is not None:
-                yield from self.fill(self.q, turn)
+                for ring in self.q:
+                    yield from self.fill(ring, turn)
 
     def loader(self, ring: list[tuple[Barrier, Barrier]]) -> Role:
         turns = count()
@@ -155,8 +156,14 @@ class Block:
 
         def enter(task: Task) -> Role:
             yield from leave_out(task.tiles.last - task.own[group].last)
-            yield self.full(self.q, number)
+            yield self.full(self.q[group], number)
             yield self.full(self.k, turn)
+
+        def have_scores(left: int) -> Role:
+            yield from meet()
+            release(self.k, turn)
+            if not left:
+                release(self.q[group], number)
 
         def outputs(of: int) -> Role:
             yield self.full(self.v, of)
@@ -172,16 +179,15 @@ class Block:
                 return
             if task.own[group].count == 0:
                 yield from leave_out(task.tiles.count)
-                yield self.full(self.q, number)
+                yield self.full(self.q[group], number)
                 if self.together:
                     yield from meet()
-                release(self.q, number)
+                release(self.q[group], number)
                 leave_task(number)
                 number += 1
                 continue
             yield from enter(task)
-            yield from meet()
-            release(self.k, turn)
+            yield from have_scores(task.own[group].count - 1)
             follows = True
             while follows:  # [go_through_task]
                 own = task.own[group]
@@ -189,16 +195,15 @@ class Block:
                     yield self.full(self.k, turn + 1)
                 for left in reversed(range(own.count - 1)):
                     turn += 1
-                    yield from meet()
                     yield from outputs(turn - 1)
-                    release(self.k, turn)
+                    yield from have_scores(left)
                     if left:
                         yield self.full(self.k, turn + 1)
                     yield from meet()
                     release(self.v, turn - 1)
                 last, rest = turn, own.first - task.tiles.first
                 turn += 1
-                release(self.q, number)
+                yield from outputs(last)
                 number += 1
                 after = yield from take()
                 follows = after is not None and after.own[group].count > 0
@@ -209,16 +214,14 @@ class Block:
                     yield from leave_out(rest)
                     yield from enter(after)
                     yield from meet()
-                    yield from outputs(last)
-                    release(self.k, turn)
-                    yield from meet()
                     release(self.v, last)
+                    leave_task(number - 1)
+                    yield from have_scores(after.own[group].count - 1)
                 else:
-                    yield from outputs(last)
                     yield from meet()
                     release(self.v, last)
                     yield from leave_out(rest)
-                leave_task(number - 1)
+                    leave_task(number - 1)
                 task = after
 
     def run(self, order: random.Random) -> None:

@@ -45,7 +45,7 @@ struct Multiplier {
 
   __device__ __forceinline__ Multiplier(const HopperParams& hopper, SharedMemory smem) : hopper(hopper), params(hopper.params), smem(smem) {
     group = in_common(int(threadIdx.x) / 128);
-    q_matrix = matrix(smem.q(0) + group * 64 * 2 * kBox, 0);
+    q_matrix = matrix(smem.q(0, group), 0);
     k_matrix = matrix(smem.k(0), 0);
     v_matrix = matrix(smem.v(0), VTile::kBoxBytes);
   }
@@ -55,12 +55,7 @@ struct Multiplier {
   __device__ __forceinline__ void run() {
     while (find_task()) {
       start_scores(turn);
-      products_wait<0>();
-      have_scores(tiles.key(0));
-      rows.begin(params.scale_log2);
-      float sums[Products::kRows][2] = {};
-      rows.make_weights<0, kSteps>(params.scale_log2, sums);
-      rows.catch_up<true>(params.scale_log2, sums);
+      begin();
 #pragma unroll 1
       while (go_through_task()) {}
     }
@@ -76,9 +71,9 @@ struct Multiplier {
       const int top = Products::warp_row();
       fill_in(params, task, top, min_of(top + Products::kWarpRows, task.keys.rows));
       leave_out_turns(task.tiles.count);
-      smem.barriers.q_full[q_turn % kQStages].wait(q_turn / kQStages);
+      wait_for_q();
       sync_warpgroup(group);
-      release_q(q_turn);
+      release_q();
       leave_task(q_turn);
     }
     enter_task();
@@ -94,44 +89,56 @@ struct Multiplier {
       start_scores(++turn);
       start_outputs(turn - 1, i > 1);
       products_wait<1>();
-      have_scores(tiles.key(i));
+      have_scores(i);
       if (i + 1 < count) wait_for_k(turn + 1);  // now, so that its product will be started at once
-      make_weights<false>(turn - 1);
+      make_weights(turn - 1);
     }
-    const Task& task = smem.known_task(q_turn);
     const uint32 last = turn++;
-    const int rest = tiles.first - task.tiles.first;
-    release_q(q_turn++);
+    const int rest = tiles.first - smem.known_task(q_turn).tiles.first;
+    start_outputs(last, count > 1);
+    float inverse[Products::kRows];
+    rows.close(params, smem.known_task(q_turn), inverse);
+    ++q_turn;
     // After so many turns that are left out, V would have to come where that of the last turn still is.
     const bool more = take_task() && tiles.count > 0 && rest + smem.known_task(q_turn).tiles.last() - tiles.last() < kStages;
-    float inverse[Products::kRows];
     if (more) {
       leave_out_turns(rest);
       enter_task();
       start_scores(turn);
-      start_outputs(last, count > 1);
-      rows.close(params, task, inverse);
-      products_wait<1>();
-      have_scores(tiles.key(0));
-      rows.begin(params.scale_log2);
-      make_weights<true>(last);
+      have_outputs<1>();
+      release_v(last);
+      finish(inverse);
+      begin();
     } else {
-      start_outputs(last, count > 1);
-      rows.close(params, task, inverse);
-      have_outputs();
+      have_outputs<0>();
       release_v(last);
       leave_out_turns(rest);
+      finish(inverse);
     }
-    rows.normalize(inverse);
-    store(task);
-    leave_task(q_turn - 1);
     return more;
+  }
+
+  // The weights of a query tile's first turn.
+  __device__ __forceinline__ void begin() {
+    products_wait<0>();
+    have_scores(0);
+    rows.begin(params.scale_log2);
+    float sums[Products::kRows][2] = {};
+    rows.make_weights<0, kSteps>(params.scale_log2, sums);
+    rows.catch_up<true>(params.scale_log2, sums);
+  }
+
+  // The query tile before the newest.
+  __device__ __forceinline__ void finish(const float (&inverse)[Products::kRows]) {
+    rows.normalize(inverse);
+    store(smem.known_task(q_turn - 1));
+    leave_task(q_turn - 1);
   }
 
   // Waits for the next query tile and finds out which of its keys this warpgroup's rows see; false if there is no query tile.
   __device__ __forceinline__ bool take_task() {
     const Task& task = smem.task(q_turn);
-    const int top = 64 * group, bottom = min_of(top + 64, task.keys.rows) - 1;
+    const int top = kGroupRows * group, bottom = min_of(top + kGroupRows, task.keys.rows) - 1;
     tiles = bottom < top ? KeyTiles(0, 0) : KeyTiles(task.keys.begin(top), task.keys.end(bottom));
     tiles.first = in_common(tiles.first);
     tiles.count = in_common(tiles.count);
@@ -143,7 +150,7 @@ struct Multiplier {
     const Task& task = smem.known_task(q_turn);
     seen = SeenByAll(task.keys);
     leave_out_turns(task.tiles.last() - tiles.last());
-    smem.barriers.q_full[q_turn % kQStages].wait(q_turn / kQStages);
+    wait_for_q();
     wait_for_k(turn);
   }
 
@@ -165,8 +172,9 @@ struct Multiplier {
     if (threadIdx.x % 32 == 0) smem.barriers.task_empty[turn % kTasks].arrive();
   }
 
-  __device__ __forceinline__ void release_q(uint32 turn) {
-    if (leads()) smem.barriers.q_empty[turn % kQStages].arrive();
+  __device__ __forceinline__ void wait_for_q() { smem.barriers.q_full[q_turn % kQStages][group].wait(q_turn / kQStages); }
+  __device__ __forceinline__ void release_q() {
+    if (leads()) smem.barriers.q_empty[q_turn % kQStages][group].arrive();
   }
   __device__ __forceinline__ void wait_for_k(uint32 turn) { smem.barriers.k_full[turn % kStages].wait(turn / kStages); }
   __device__ __forceinline__ void release_k(uint32 turn) {
@@ -186,10 +194,12 @@ struct Multiplier {
     Products::start_outputs(rows.o, rows.p, v_matrix + turn % kStages * (VTile::kBytes / 16), adds);
   }
 
-  // S of the newest turn is there; rows see of it what they may.
-  __device__ __forceinline__ void have_scores(int key) {
+  // S of the query tile's turn i, the newest, is there; rows see of it what they may.
+  __device__ __forceinline__ void have_scores(int i) {
+    const int key = tiles.key(i);
     Products::Scores::settle(rows.s);
     release_k(turn);
+    if (i + 1 == tiles.count) release_q();
     const bool masked = !seen.has_tile(key);
     if (seldom(masked || params.factor != 1)) {
       if (params.factor != 1) rows.multiply_scores(params.factor);
@@ -197,8 +207,9 @@ struct Multiplier {
     }
   }
 
-  __device__ __forceinline__ void have_outputs() {
-    products_wait<0>();
+  // O is there; so many products started since may be under way.
+  template <int kLater> __device__ __forceinline__ void have_outputs() {
+    products_wait<kLater>();
     Products::Outputs::settle(rows.o);
   }
 
@@ -223,17 +234,17 @@ struct Multiplier {
   }
 
   // P of the newest turn, while the product of the turn before is under way: half of the weights wait until that has read the P before.
-  template <bool kFirstOfTask> __device__ __forceinline__ void make_weights(uint32 before) {
-    if (!HopperRows::kLooksAfterwards && !kFirstOfTask) rows.follow(params.scale_log2, [&] { have_outputs(); });
+  __device__ __forceinline__ void make_weights(uint32 before) {
+    if (!HopperRows::kLooksAfterwards) rows.follow(params.scale_log2, [&] { have_outputs<0>(); });
     float sums[Products::kRows][2] = {};
     float half[Products::kRows][4 * kHalf];
     rows.exponentiate<0, kHalf>(params.scale_log2, half, sums);
     stay_here(sums[0][0] + sums[1][0]);
-    have_outputs();
+    have_outputs<0>();
     release_v(before);
     rows.pair_up<0, kHalf>(half);
     rows.make_weights<kHalf, kSteps>(params.scale_log2, sums);
-    rows.catch_up<kFirstOfTask>(params.scale_log2, sums);
+    rows.catch_up<false>(params.scale_log2, sums);
   }
 
   // Keeps the compiler from waiting before it has computed this: for a store that never happens, sums not being negative.
@@ -260,8 +271,10 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
       barriers.task_empty[place].init(kThreads / 32);
     }
     for (int stage = 0; stage < kQStages; ++stage) {
-      barriers.q_full[stage].init(1);
-      barriers.q_empty[stage].init(kGroups);
+      for (int group = 0; group < kGroups; ++group) {
+        barriers.q_full[stage][group].init(1);
+        barriers.q_empty[stage][group].init(1);
+      }
     }
     for (int stage = 0; stage < kStages; ++stage) {
       barriers.k_full[stage].init(1);

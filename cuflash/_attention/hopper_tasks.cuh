@@ -7,6 +7,7 @@ constexpr int kGroups = kThreads / 128;  // warpgroups that multiply, each 64 ro
 constexpr int kLoaders = 128;            // threads of the warpgroup that has tiles brought, behind the others
 constexpr int kLoaderRegisters = kGroups == 3 ? 32 : 40, kRegisters = kGroups == 3 ? 160 : 232;  // of a thread: 65536 in all
 static_assert(kLoaders * kLoaderRegisters + kThreads * kRegisters <= 65536, "setmaxnreg would wait for registers that nobody gives");
+constexpr int kGroupRows = 64;           // of a warpgroup
 constexpr int kBox = 64;                 // columns of 16 bits that TMA brings at a time: rows of 128 bytes
 
 struct HopperParams {
@@ -25,7 +26,7 @@ template <int kRows_, int kColumns> struct BoxedTile {
   static __device__ __forceinline__ int along(int k) { return k / kBox * kBoxBytes + k % kBox * 2; }
 };
 
-using QTile = BoxedTile<kBlockM, kHeadDim>;
+using QTile = BoxedTile<kBlockM, kHeadDim>;  // each warpgroup's rows come, and go, by themselves
 using KTile = BoxedTile<kBlockN, kHeadDim>;
 using VTile = BoxedTile<kBlockN, kHeadDimV>;
 using OTile = BoxedTile<kBlockM, kHeadDimV>;
@@ -76,10 +77,10 @@ constexpr int kTasks = 4;  // known at a time: one is being stored, one exponent
 struct SharedMemory {
   static constexpr int kQ = 0, kK = kQStages * QTile::kBytes, kV = kK + kStages * KTile::kBytes;
   static constexpr int kO = kV + kStages * VTile::kBytes;
-  static constexpr int kBarriers = kO + (kStaged ? OTile::kBytes : 0), kTaskList = kBarriers + 256, kBytes = kTaskList + 512;
+  static constexpr int kBarriers = kO + (kStaged ? OTile::kBytes : 0), kTaskList = kBarriers + 512, kBytes = kTaskList + 256;
 
   struct Barriers {
-    Barrier task_full[kTasks], task_empty[kTasks], q_full[kQStages], q_empty[kQStages];
+    Barrier task_full[kTasks], task_empty[kTasks], q_full[kQStages][kGroups], q_empty[kQStages][kGroups];
     Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_raw;
   };
   static_assert(sizeof(Barriers) <= kTaskList - kBarriers && kTasks * sizeof(Task) <= kBytes - kTaskList, "both have room");
@@ -88,7 +89,9 @@ struct SharedMemory {
   Barriers& barriers;
   Task* tasks;
 
-  __device__ __forceinline__ uint32 q(uint32 turn) const { return base + kQ + turn % kQStages * QTile::kBytes; }
+  __device__ __forceinline__ uint32 q(uint32 turn, int group) const {
+    return base + kQ + turn % kQStages * QTile::kBytes + group * kGroupRows * 2 * kBox;
+  }
   __device__ __forceinline__ uint32 k(uint32 turn) const { return base + kK + turn % kStages * KTile::kBytes; }
   __device__ __forceinline__ uint32 v(uint32 turn) const { return base + kV + turn % kStages * VTile::kBytes; }
 
@@ -106,14 +109,14 @@ __device__ __forceinline__ int in_common(int x) { return __shfl_sync(0xffffffffu
 // Along a broadcast axis an array has one place.
 __device__ __forceinline__ int place_along(int at, int64 stride) { return stride == 0 ? 0 : at; }
 
-// Has all boxes of a tile brought, by one lane of a warp, once all lanes have come here: one that lagged two phases behind would wait
-// for ever.
-template <typename Tile, typename T>
+// Has kRows rows of a tile brought, all their boxes, by one lane of a warp, once all lanes have come here: one that lagged two phases
+// behind would wait for ever.
+template <typename Tile, int kRows, typename T>
 __device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, const Strided<T>& array, Barrier& barrier, int row, int head,
                                            const int (&batch)[2]) {
   __syncwarp();  // all lanes have seen the barriers before
   if (threadIdx.x % 32 != 0) return;
-  barrier.expect(Tile::kBytes);
+  barrier.expect(kRows * 2 * kBox * Tile::kBoxes);
 #pragma unroll
   for (int box = 0; box < Tile::kBoxes; ++box) {
     bring(to + box * Tile::kBoxBytes, map, barrier, box * kBox, row, place_along(head, array.head),
@@ -147,13 +150,20 @@ struct Scheduler {
         continue;
       }
       announce([&](Task& to) { to = task; });
-      const Task& known = smem.known_task(turn);  // it need not be held while Q is waited for
-      const uint32 stage = turn % kQStages;
-      smem.barriers.q_empty[stage].wait(turn / kQStages - 1);
-      bring_tile<QTile>(smem.q(turn), hopper.q, hopper.params.q, smem.barriers.q_full[stage], known.row, known.head, known.batch);
+      bring_q(smem.known_task(turn));  // it need not be held in registers while Q is waited for
       ++turn;
     }
     announce([](Task& to) { to.keys.rows = 0; });
+  }
+
+  __device__ __forceinline__ void bring_q(const Task& task) const {
+    const uint32 stage = turn % kQStages;
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
+      smem.barriers.q_empty[stage][group].wait(turn / kQStages - 1);
+      bring_tile<QTile, kGroupRows>(smem.q(turn, group), hopper.q, hopper.params.q, smem.barriers.q_full[stage][group],
+                                    task.row + group * kGroupRows, task.head, task.batch);
+    }
   }
 
   template <typename Write> __device__ __forceinline__ void announce(Write write) const {
@@ -190,7 +200,7 @@ template <bool kIsV> struct Loader {
   __device__ __forceinline__ void bring_k(const Task& task, int key) {
     const uint32 stage = turn % kStages;
     smem.barriers.k_empty[stage].wait(turn / kStages - 1);
-    bring_tile<KTile>(smem.k(turn), hopper.k, hopper.params.k, smem.barriers.k_full[stage], key, task.kv_head, task.batch);
+    bring_tile<KTile, kBlockN>(smem.k(turn), hopper.k, hopper.params.k, smem.barriers.k_full[stage], key, task.kv_head, task.batch);
   }
 
   // Of V, keys that no row may see become 0: 0 times what lies there may be NaN. At most the first and the last tile have some.
@@ -200,23 +210,25 @@ template <bool kIsV> struct Loader {
     const bool whole = begin <= 0 && (end >= kBlockN || end + key >= hopper.params.len_k);
     Barrier &full = smem.barriers.v_full[stage], &raw = smem.barriers.v_raw;
     smem.barriers.v_empty[stage].wait(turn / kStages - 1);
-    bring_tile<VTile>(smem.v(turn), hopper.v, hopper.params.v, whole ? full : raw, key, task.kv_head, task.batch);
+    bring_tile<VTile, kBlockN>(smem.v(turn), hopper.v, hopper.params.v, whole ? full : raw, key, task.kv_head, task.batch);
     if (whole) return;
     raw.wait(raw_turn++);
-#pragma unroll 1
-    for (int row = 0; row < kBlockN; ++row) {
-      if (row < begin || row >= end) clear_row(smem.v(turn), row);
-    }
+    clear_rows(smem.v(turn), 0, begin);
+    clear_rows(smem.v(turn), max_of(end, 0), kBlockN);
     show_written();
     __syncwarp();  // all have cleared theirs
     if (threadIdx.x % 32 == 0) full.arrive();
   }
 
-  static __device__ __forceinline__ void clear_row(uint32 v_smem, int row) {
+  // Four rows at a time, 16 bytes a lane.
+  static __device__ __forceinline__ void clear_rows(uint32 v_smem, int begin, int end) {
+#pragma unroll 1
+    for (int row = begin + threadIdx.x % 32 / 8; row < end; row += 4) {
 #pragma unroll
-    for (int box = 0; box < VTile::kBoxes; ++box) {
-      const uint32 at = v_smem + box * VTile::kBoxBytes + row * 2 * kBox + threadIdx.x % 32 * 4;
-      asm volatile("st.shared.b32 [%0], 0;" ::"r"(at) : "memory");
+      for (int box = 0; box < VTile::kBoxes; ++box) {
+        const uint32 at = v_smem + box * VTile::kBoxBytes + row * 2 * kBox + threadIdx.x % 8 * 16;
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
+      }
     }
   }
 };

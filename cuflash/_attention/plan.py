@@ -95,10 +95,14 @@ class Engine:
     exact: bool = False
 
 
-# Where blocks go through many query tiles:
-LEAST_TOGETHER, MORE_TOGETHER = 16, 32  # heads that advance together, and how many more may
-MOST_FORESEEN = 1 << 16  # query tiles up to which it is foreseen which block has how much to do
-CHANGE = 1.5  # key tiles that going on to the next query tile costs
+# Where blocks go through many query tiles, what they have to do is foreseen:
+MOST_FORESEEN = 1 << 16  # up to so many query tiles
+WARPGROUP = 64  # rows of one
+CHANGE = 1.0  # going on to the next one costs as much as so many key tiles
+ALONE = 0.3  # of what a whole tile costs, the part that one with fewer warpgroups at work costs, too
+EVEN = 1.01  # what the busiest block has to do, as a multiple of the mean, that needs no improving
+TRIED = 48  # group sizes at most
+AT_ONCE = 4  # blocks at least that read a head's K and V at a time where L2 cannot keep them
 WEIGHTS_FIRST = 128  # columns of V up to which registers hold the scores until the end
 # One block a multiprocessor, whose loaders leave their registers to the others.
 _HOPPER = Engine(
@@ -360,23 +364,27 @@ def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
 
     Where rows see different numbers of keys, blocks with most work start first, in groups of heads
     whose K and V fill half of L2; otherwise a head's tiles follow one another and share its keys.
-    Blocks that go through many tiles do not have as much to do as others with every group size.
+    Where blocks go through many tiles, the group size is the nearest one to that with which they
+    have about as much to do as one another.
     """
-    if problem.left is None and problem.right is None:
-        return 1
     size = BYTES[problem.dtype] * problem.len_k * (problem.head_dim + problem.head_dim_v)
     pairs = pairs_of_heads(problem)
-    together = max(1, gpu.l2_bytes // 2 // max(size, 1) * problem.group)
-    if not is_hopper(chosen) or together >= pairs:
-        return min(pairs, together)
-    least = min(pairs, max(together, LEAST_TOGETHER))
+    together = min(pairs, max(1, gpu.l2_bytes // 2 // max(size, 1) * problem.group))
+    if not is_hopper(chosen):
+        return 1 if problem.left is None and problem.right is None else together
     if query_tiles(problem, chosen) * pairs > MOST_FORESEEN:
-        return least
-    costs = tile_costs(problem, chosen)
-    return min(
-        range(least, min(pairs, least + MORE_TOGETHER) + 1),
-        key=lambda heads: (round(imbalance(costs, pairs, heads, chosen.grid[0]), 2), heads),
-    )
+        return together
+    costs, blocks = tile_costs(problem, chosen), chosen.grid[0]
+    if np.ptp(costs) == 0:
+        return 1
+    most = min(pairs, max(together, blocks // AT_ONCE))
+    found = {}
+    nearest = sorted(range(1, most + 1), key=lambda heads: abs(heads - together))
+    for heads in nearest[:TRIED]:
+        found[heads] = imbalance(costs, pairs, heads, blocks)
+        if found[heads] <= EVEN:
+            return heads
+    return min(found, key=lambda heads: round(found[heads], 2))
 
 
 def query_tiles(problem: Problem, chosen: Plan) -> int:
@@ -396,7 +404,9 @@ def tile_costs(problem: Problem, chosen: Plan) -> np.ndarray:
         begin = np.clip(start + top - problem.left, 0, len_k)
     if problem.right is not None:
         end = np.clip(start + bottom + problem.right + 1, 0, len_k)
-    return np.where(end > begin, (end - 1) // keys + 1 - begin // keys + CHANGE, 0.0)
+    groups = -(-(bottom + 1 - top) // WARPGROUP) / (queries // WARPGROUP)
+    costs = ((end - 1) // keys + 1 - begin // keys) * (ALONE + (1 - ALONE) * groups) + CHANGE
+    return np.where(end > begin, costs, 0.0)
 
 
 def imbalance(costs: np.ndarray, pairs: int, together: int, blocks: int) -> float:

@@ -55,7 +55,12 @@ struct Multiplier {
   __device__ __forceinline__ void run() {
     while (find_task()) {
       start_scores(turn);
-      begin();
+      products_wait<0>();
+      have_scores(0);
+      rows.begin(params.scale_log2);
+      float sums[Products::kRows][2] = {};
+      rows.make_weights<0, kSteps>(params.scale_log2, sums);
+      rows.catch_up<true>(params.scale_log2, sums);
 #pragma unroll 1
       while (go_through_task()) {}
     }
@@ -91,48 +96,36 @@ struct Multiplier {
       products_wait<1>();
       have_scores(i);
       if (i + 1 < count) wait_for_k(turn + 1);  // now, so that its product will be started at once
-      make_weights(turn - 1);
+      make_weights<false>(turn - 1);
     }
+    const Task& task = smem.known_task(q_turn);
     const uint32 last = turn++;
-    const int rest = tiles.first - smem.known_task(q_turn).tiles.first;
-    start_outputs(last, count > 1);
-    float inverse[Products::kRows];
-    rows.close(params, smem.known_task(q_turn), inverse);
+    const int rest = tiles.first - task.tiles.first;
     ++q_turn;
     // After so many turns that are left out, V would have to come where that of the last turn still is.
     const bool more = take_task() && tiles.count > 0 && rest + smem.known_task(q_turn).tiles.last() - tiles.last() < kStages;
+    float inverse[Products::kRows];
     if (more) {
       leave_out_turns(rest);
       enter_task();
       start_scores(turn);
-      have_outputs<1>();
-      release_v(last);
-      finish(inverse);
-      begin();
+      start_outputs(last, count > 1);
+      rows.close(params, task, inverse);
+      products_wait<1>();
+      have_scores(0);
+      rows.begin(params.scale_log2);
+      make_weights<true>(last);
     } else {
-      have_outputs<0>();
+      start_outputs(last, count > 1);
+      rows.close(params, task, inverse);
+      have_outputs();
       release_v(last);
       leave_out_turns(rest);
-      finish(inverse);
     }
-    return more;
-  }
-
-  // The weights of a query tile's first turn.
-  __device__ __forceinline__ void begin() {
-    products_wait<0>();
-    have_scores(0);
-    rows.begin(params.scale_log2);
-    float sums[Products::kRows][2] = {};
-    rows.make_weights<0, kSteps>(params.scale_log2, sums);
-    rows.catch_up<true>(params.scale_log2, sums);
-  }
-
-  // The query tile before the newest.
-  __device__ __forceinline__ void finish(const float (&inverse)[Products::kRows]) {
     rows.normalize(inverse);
-    store(smem.known_task(q_turn - 1));
+    store(task);
     leave_task(q_turn - 1);
+    return more;
   }
 
   // Waits for the next query tile and finds out which of its keys this warpgroup's rows see; false if there is no query tile.
@@ -207,9 +200,8 @@ struct Multiplier {
     }
   }
 
-  // O is there; so many products started since may be under way.
-  template <int kLater> __device__ __forceinline__ void have_outputs() {
-    products_wait<kLater>();
+  __device__ __forceinline__ void have_outputs() {
+    products_wait<0>();
     Products::Outputs::settle(rows.o);
   }
 
@@ -234,17 +226,17 @@ struct Multiplier {
   }
 
   // P of the newest turn, while the product of the turn before is under way: half of the weights wait until that has read the P before.
-  __device__ __forceinline__ void make_weights(uint32 before) {
-    if (!HopperRows::kLooksAfterwards) rows.follow(params.scale_log2, [&] { have_outputs<0>(); });
+  template <bool kFirstOfTask> __device__ __forceinline__ void make_weights(uint32 before) {
+    if (!HopperRows::kLooksAfterwards && !kFirstOfTask) rows.follow(params.scale_log2, [&] { have_outputs(); });
     float sums[Products::kRows][2] = {};
     float half[Products::kRows][4 * kHalf];
     rows.exponentiate<0, kHalf>(params.scale_log2, half, sums);
     stay_here(sums[0][0] + sums[1][0]);
-    have_outputs<0>();
+    have_outputs();
     release_v(before);
     rows.pair_up<0, kHalf>(half);
     rows.make_weights<kHalf, kSteps>(params.scale_log2, sums);
-    rows.catch_up<false>(params.scale_log2, sums);
+    rows.catch_up<kFirstOfTask>(params.scale_log2, sums);
   }
 
   // Keeps the compiler from waiting before it has computed this: for a store that never happens, sums not being negative.

@@ -205,29 +205,34 @@ struct HopperRows : Rows<HopperProducts> {
     }
   }
 
+  // One instruction: the compiler, left alone, makes four of some.
+  static __device__ __forceinline__ void store_16_bytes(Output* to, const uint32 (&x)[4]) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+  }
+
   // Of four blocks of 8 columns, each lane of a row has two columns; it gets one block whole. A transposition in two exchanges.
   static __device__ __forceinline__ void store_blocks(Output* row, const T (&o)[Products::kOutputs], bool exists) {
     const int lane = threadIdx.x % 4;
 #pragma unroll
     for (int c = 0; c < Products::kOutputs; c += 8) {
-      Vector<uint32, 4> block;
+      uint32 block[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) block.at[i] = narrow_pair<Element>(o[c + 2 * i], o[c + 2 * i + 1]);
+      for (int i = 0; i < 4; ++i) block[i] = narrow_pair<Element>(o[c + 2 * i], o[c + 2 * i + 1]);
 #pragma unroll
       for (int step = 1; step < 4; step *= 2) {
         const bool odd = lane & step;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           if (i & step) continue;
-          const uint32 got = __shfl_xor_sync(0xffffffffu, odd ? block.at[i] : block.at[i + step], step);
+          const uint32 got = __shfl_xor_sync(0xffffffffu, odd ? block[i] : block[i + step], step);
           if (odd) {
-            block.at[i] = got;
+            block[i] = got;
           } else {
-            block.at[i + step] = got;
+            block[i + step] = got;
           }
         }
       }
-      if (exists) *reinterpret_cast<Vector<uint32, 4>*>(row + 4 * c + 8 * lane) = block;
+      if (exists) store_16_bytes(row + 4 * c + 8 * lane, block);
     }
   }
 };

@@ -92,6 +92,7 @@ class Block:
         self.task = pairs(TASKS, 1, WARPS * groups)
         self.q = [pairs(self.shape.q_stages, 1, 1) for _ in range(groups)]
         self.k, self.v = pairs(stages, 1, groups), pairs(stages, 1, groups)
+        self.begun = Barrier(1)
         self.met: dict[tuple[int, int], int] = {}  # warps of a group, by how often they have met
 
     @staticmethod
@@ -110,6 +111,8 @@ class Block:
             yield self.task[turn % TASKS][1].over(turn // TASKS - 1)
             self.known[turn % TASKS] = task
             self.task[turn % TASKS][0].arrive()
+            if turn == 1 and task is not None:
+                yield self.begun.over(0)
             if task is not None:
                 for ring in self.q:
                     yield from self.fill(ring, turn)
@@ -122,7 +125,13 @@ class Block:
             if task is None:
                 return
             for _ in range(task.tiles.count):
-                yield from self.fill(ring, next(turns))
+                turn = next(turns)
+                if turn == 0 and ring is self.v:
+                    yield self.begun.over(0)
+                yield from self.fill(ring, turn)
+                if turn == 0 and ring is self.k:
+                    yield self.full(self.k, 0)
+                    self.begun.arrive()
 
     def warp(self, group: int, warp: int) -> Role:
         """[Multiplier]"""
@@ -203,7 +212,6 @@ class Block:
                     release(self.v, turn - 1)
                 last, rest = turn, own.first - task.tiles.first
                 turn += 1
-                yield from outputs(last)
                 number += 1
                 after = yield from take()
                 follows = after is not None and after.own[group].count > 0
@@ -214,10 +222,13 @@ class Block:
                     yield from leave_out(rest)
                     yield from enter(after)
                     yield from meet()
+                    yield from outputs(last)
+                    yield from have_scores(after.own[group].count - 1)
+                    yield from meet()
                     release(self.v, last)
                     leave_task(number - 1)
-                    yield from have_scores(after.own[group].count - 1)
                 else:
+                    yield from outputs(last)
                     yield from meet()
                     release(self.v, last)
                     yield from leave_out(rest)

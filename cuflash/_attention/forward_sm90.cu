@@ -55,6 +55,7 @@ struct Multiplier {
   __device__ __forceinline__ void run() {
     while (find_task()) {
       start_scores(turn);
+      look_at_keys();
       products_wait<0>();
       have_scores(0);
       rows.begin(params.scale_log2);
@@ -110,6 +111,7 @@ struct Multiplier {
       enter_task();
       start_scores(turn);
       start_outputs(last, count > 1);
+      look_at_keys();
       rows.close(params, task, inverse);
       products_wait<1>();
       have_scores(0);
@@ -128,24 +130,22 @@ struct Multiplier {
     return more;
   }
 
-  // Waits for the next query tile and finds out which of its keys this warpgroup's rows see; false if there is no query tile.
+  // Waits for the next query tile; false if there is none.
   __device__ __forceinline__ bool take_task() {
     const Task& task = smem.task(q_turn);
-    const int top = kGroupRows * group, bottom = min_of(top + kGroupRows, task.keys.rows) - 1;
-    tiles = bottom < top ? KeyTiles(0, 0) : KeyTiles(task.keys.begin(top), task.keys.end(bottom));
-    tiles.first = in_common(tiles.first);
-    tiles.count = in_common(tiles.count);
-    return task.keys.rows > 0;
+    tiles.first = in_common(task.seen[group].first);
+    tiles.count = in_common(task.seen[group].count);
+    return in_common(task.keys.rows) > 0;
   }
 
   // Waits for Q and the first K.
   __device__ __forceinline__ void enter_task() {
-    const Task& task = smem.known_task(q_turn);
-    seen = SeenByAll(task.keys);
-    leave_out_turns(task.tiles.last() - tiles.last());
+    leave_out_turns(smem.known_task(q_turn).tiles.last() - tiles.last());
     wait_for_q();
     wait_for_k(turn);
   }
+
+  __device__ __forceinline__ void look_at_keys() { seen = SeenByAll(smem.known_task(q_turn).keys); }
 
   // All warps wait, and for one another: a phase of a barrier that passed unseen would be waited for for ever.
   __device__ __forceinline__ void leave_out_turns(int count) {
@@ -258,6 +258,7 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
   }
   if (threadIdx.x == 0) {
     barriers.v_raw.init(1);
+    barriers.begun.init(1);
     for (int place = 0; place < kTasks; ++place) {
       barriers.task_full[place].init(1);
       barriers.task_empty[place].init(kThreads / 32);
@@ -276,16 +277,18 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
     }
     barriers_made();
   }
-  __syncthreads();  // barriers are there
   const Params& params = hopper.params;
   const int jobs = ((params.sweeps - 1) * params.sweep.length + params.last_sweep.length) * ((params.len_q - 1) / kBlockM + 1);
   if (threadIdx.x >= kThreads) {
+    Scheduler scheduler(hopper, smem);
+    __syncthreads();  // barriers are there
     keep_registers<kLoaderRegisters>();
     const int warp = threadIdx.x / 32 - kThreads / 32;
-    if (warp == 0) Scheduler{hopper, smem}.run(jobs);
+    if (warp == 0) scheduler.run(jobs);
     if (warp == 1) Loader<false>{hopper, smem}.run();
     if (warp == 2) Loader<true>{hopper, smem}.run();
   } else {
+    __syncthreads();
     take_registers<kRegisters>();
     Multiplier(hopper, smem).run();
   }

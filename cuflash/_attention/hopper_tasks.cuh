@@ -45,9 +45,15 @@ struct Job {
 struct KeyTiles {
   int first, count;
 
+  KeyTiles() = default;
   __device__ __forceinline__ KeyTiles(int begin, int end) {
     first = begin / kBlockN;
     count = end > begin ? (end - 1) / kBlockN + 1 - first : 0;
+  }
+  // Those of the rows from `top` to before `end`, as far as they exist.
+  __device__ __forceinline__ KeyTiles(const KeyInterval& keys, int top, int end) : KeyTiles(0, 0) {
+    const int bottom = min_of(end, keys.rows) - 1;
+    if (top <= bottom) *this = KeyTiles(keys.begin(top), keys.end(bottom));
   }
   __device__ __forceinline__ int last() const { return first + count - 1; }
   __device__ __forceinline__ int key(int turn) const { return (last() - turn) * kBlockN; }
@@ -57,10 +63,12 @@ struct KeyTiles {
 struct Task {
   KeyInterval keys;  // of no rows: there is nothing more to do
   KeyTiles tiles;    // that any of the rows sees
+  KeyTiles seen[kGroups];  // that any of a warpgroup's rows sees
   int row, head, kv_head, batch[2];
 
   __device__ __forceinline__ Task(const Params& params, const BlockIndex& index)
       : keys(params, index), tiles(keys.begin(), keys.end()), row(index.tile * kBlockM), head(index.head), kv_head(index.head) {
+    for (int group = 0; group < kGroups; ++group) seen[group] = KeyTiles(keys, group * kGroupRows, (group + 1) * kGroupRows);
     params.group.take(kv_head);
     for (int i = 0; i < 2; ++i) batch[i] = index.batch[kBatchAxes - 1 - i];
   }
@@ -77,11 +85,11 @@ constexpr int kTasks = 4;  // known at a time: one is being stored, one exponent
 struct SharedMemory {
   static constexpr int kQ = 0, kK = kQStages * QTile::kBytes, kV = kK + kStages * KTile::kBytes;
   static constexpr int kO = kV + kStages * VTile::kBytes;
-  static constexpr int kBarriers = kO + (kStaged ? OTile::kBytes : 0), kTaskList = kBarriers + 512, kBytes = kTaskList + 256;
+  static constexpr int kBarriers = kO + (kStaged ? OTile::kBytes : 0), kTaskList = kBarriers + 384, kBytes = kTaskList + 384;
 
   struct Barriers {
     Barrier task_full[kTasks], task_empty[kTasks], q_full[kQStages][kGroups], q_empty[kQStages][kGroups];
-    Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_raw;
+    Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_raw, begun;
   };
   static_assert(sizeof(Barriers) <= kTaskList - kBarriers && kTasks * sizeof(Task) <= kBytes - kTaskList, "both have room");
 
@@ -139,19 +147,28 @@ __device__ __forceinline__ void fill_in(const Params& params, const Task& task, 
 struct Scheduler {
   const HopperParams& hopper;
   SharedMemory smem;
+  Job job;
+  Task task;
   uint32 turn = 0;
+
+  // Works out the first task, for which it needs no barriers.
+  __device__ __forceinline__ Scheduler(const HopperParams& hopper, SharedMemory smem)
+      : hopper(hopper), smem(smem), task(hopper.params, BlockIndex(hopper.params, job.number())) {}
 
   __device__ __forceinline__ void run(uint32 jobs) {
 #pragma unroll 1
-    for (Job job; job.number() < jobs; ++job.round) {
-      const Task task(hopper.params, BlockIndex(hopper.params, job.number()));
-      if (task.tiles.count == 0) {
+    for (;;) {
+      if (task.tiles.count > 0) {
+        announce([&](Task& to) { to = task; });
+        if (turn == 1) smem.barriers.begun.wait(0);
+        bring_q(smem.known_task(turn));  // it need not be held in registers while Q is waited for
+        ++turn;
+      } else {
         fill_in(hopper.params, task, 0, task.keys.rows);
-        continue;
       }
-      announce([&](Task& to) { to = task; });
-      bring_q(smem.known_task(turn));  // it need not be held in registers while Q is waited for
-      ++turn;
+      ++job.round;
+      if (job.number() >= jobs) break;
+      task = Task(hopper.params, BlockIndex(hopper.params, job.number()));
     }
     announce([](Task& to) { to.keys.rows = 0; });
   }
@@ -176,7 +193,8 @@ struct Scheduler {
   }
 };
 
-// A warp that has all tiles of K brought, or of V, each as soon as its place is free. Turns count through all query tiles.
+// A warp that has all tiles of K brought, or of V, each as soon as its place is free. Turns count through all query tiles. At first all
+// blocks ask at the same time: what the first scores are made of comes before anything else.
 template <bool kIsV> struct Loader {
   const HopperParams& hopper;
   SharedMemory smem;
@@ -189,9 +207,11 @@ template <bool kIsV> struct Loader {
 #pragma unroll 1
       for (int tile = task.tiles.last(); tile >= task.tiles.first; --tile, ++turn) {
         if (kIsV) {
+          if (turn == 0) smem.barriers.begun.wait(0);
           bring_v(task, tile * kBlockN);
         } else {
           bring_k(task, tile * kBlockN);
+          if (turn == 0) begin();
         }
       }
     }
@@ -201,6 +221,12 @@ template <bool kIsV> struct Loader {
     const uint32 stage = turn % kStages;
     smem.barriers.k_empty[stage].wait(turn / kStages - 1);
     bring_tile<KTile, kBlockN>(smem.k(turn), hopper.k, hopper.params.k, smem.barriers.k_full[stage], key, task.kv_head, task.batch);
+  }
+
+  __device__ __forceinline__ void begin() const {
+    smem.barriers.k_full[0].wait(0);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) smem.barriers.begun.arrive();
   }
 
   // Of V, keys that no row may see become 0: 0 times what lies there may be NaN. At most the first and the last tile have some.

@@ -38,8 +38,15 @@ def test_scales_at_the_ends_of_float32(xp, dtype: str, scale: float) -> None:
     np.testing.assert_allclose(calling.host(out).astype(float), expected, rtol=2e-3)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, "bfloat16"])
-@pytest.mark.parametrize("largest", [1e2, 1e3, 1e4, 6e4])
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    [
+        (dtype, largest)
+        for dtype in [*DTYPES, "bfloat16"]
+        for largest in [1e2, 1e3, 1e4, 6e4, 1e10]
+        if dtype != "float16" or largest < 65504
+    ],
+)
 def test_huge_scores_give_what_is_right_or_nan(xp, dtype: str, largest: float) -> None:
     """The key of the highest score has all the weight; a row that overflows is NaN, not wrong."""
     rng = np.random.default_rng(0)

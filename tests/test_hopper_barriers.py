@@ -43,6 +43,23 @@ class Barrier:
         return lambda: self.phase % 2 != number % 2
 
 
+class Line:
+    """[wait_to_be_let_go] of one warpgroup: its warps, and as many that let them go."""
+
+    def __init__(self) -> None:
+        self.come: set[tuple[bool, int]] = set()
+        self.phase = 0
+
+    def arrive(self, waits: bool, warp: int) -> Step:
+        phase = self.phase
+        assert (waits, warp) not in self.come, "nobody comes twice in a phase"
+        self.come.add((waits, warp))
+        if len(self.come) == 2 * WARPS:
+            self.come.clear()
+            self.phase += 1
+        return lambda: self.phase > phase
+
+
 @dataclass(frozen=True)
 class Tiles:
     """[KeyTiles]"""
@@ -93,6 +110,7 @@ class Block:
         self.q = [pairs(self.shape.q_stages, 1, 1) for _ in range(groups)]
         self.k, self.v = pairs(stages, 1, groups), pairs(stages, 1, groups)
         self.begun = Barrier(1)
+        self.lines = [Line() for _ in range(groups)]
         self.met: dict[tuple[int, int], int] = {}  # warps of a group, by how often they have met
 
     @staticmethod
@@ -152,9 +170,17 @@ class Block:
             yield self.full(self.task, number)
             return self.known[number % TASKS]
 
+        def be_let_go() -> Role:
+            yield self.lines[group].arrive(True, warp)
+
+        def let_next_go() -> None:
+            self.lines[(group + 1) % self.shape.groups].arrive(False, warp)
+
         def leave_out(turns: int) -> Role:
             nonlocal turn
             for _ in range(turns):
+                yield from be_let_go()
+                let_next_go()
                 yield self.full(self.k, turn)
                 yield self.full(self.v, turn)
                 if self.together:
@@ -182,9 +208,13 @@ class Block:
             assert self.known[of % TASKS] is self.tasks[of], "it is still there to be stored"
             self.task[of % TASKS][1].arrive()
 
+        if group + 1 == self.shape.groups:
+            let_next_go()
         while True:
             task = yield from take()  # [find_task]
             if task is None:
+                if group == 0:
+                    yield from be_let_go()
                 return
             if task.own[group].count == 0:
                 yield from leave_out(task.tiles.count)
@@ -196,6 +226,8 @@ class Block:
                 number += 1
                 continue
             yield from enter(task)
+            yield from be_let_go()
+            let_next_go()
             yield from have_scores(task.own[group].count - 1)
             follows = True
             while follows:  # [go_through_task]
@@ -204,7 +236,9 @@ class Block:
                     yield self.full(self.k, turn + 1)
                 for left in reversed(range(own.count - 1)):
                     turn += 1
+                    yield from be_let_go()
                     yield from outputs(turn - 1)
+                    let_next_go()
                     yield from have_scores(left)
                     if left:
                         yield self.full(self.k, turn + 1)
@@ -221,8 +255,9 @@ class Block:
                 if follows:
                     yield from leave_out(rest)
                     yield from enter(after)
-                    yield from meet()
+                    yield from be_let_go()
                     yield from outputs(last)
+                    let_next_go()
                     yield from have_scores(after.own[group].count - 1)
                     yield from meet()
                     release(self.v, last)

@@ -28,7 +28,9 @@ struct SeenByAll {
   __device__ __forceinline__ bool has_tile(int key) const { return begin <= key && key + kBlockN <= end; }
 };
 
-// A warpgroup, which has 64 rows of every query tile. Of the tile's keys it leaves out those that none of its rows sees.
+// A warpgroup, which has 64 rows of every query tile. Of the tile's keys it leaves out those that none of its rows sees. Warpgroups start
+// their products one after another in every turn, so that each one's softmax falls into the products of others. Left alone they get into
+// step or out of it, as chance will have it, and stay so.
 struct Multiplier {
   using Products = HopperProducts;
   static constexpr int kSteps = HopperRows::kSteps, kHalf = kSteps / 2;
@@ -53,8 +55,11 @@ struct Multiplier {
   __device__ __forceinline__ bool leads() const { return threadIdx.x % 128 == 0; }
 
   __device__ __forceinline__ void run() {
+    if (group == kGroups - 1) let_next_go();
     while (find_task()) {
+      wait_to_be_let_go(group);
       start_scores(turn);
+      let_next_go();
       look_at_keys();
       products_wait<0>();
       have_scores(0);
@@ -65,7 +70,8 @@ struct Multiplier {
 #pragma unroll 1
       while (go_through_task()) {}
     }
-    if (kStaged) stores_wait_read();  // shared memory goes with the block
+    if (group == 0) wait_to_be_let_go(group);  // nobody is left to be let go
+    if (kStaged) stores_wait_read();           // shared memory goes with the block
   }
 
   // Leaves out query tiles of which this warpgroup has nothing to do; false if there are no others. No product is under way.
@@ -92,8 +98,9 @@ struct Multiplier {
     if (count > 1) wait_for_k(turn + 1);
 #pragma unroll 1
     for (int i = 1; i < count; ++i) {
+      wait_to_be_let_go(group);
       start_scores(++turn);
-      start_outputs(turn - 1, i > 1);
+      start_outputs(turn - 1, i > 1, [&] { let_next_go(); });
       products_wait<1>();
       have_scores(i);
       if (i + 1 < count) wait_for_k(turn + 1);  // now, so that its product will be started at once
@@ -109,8 +116,9 @@ struct Multiplier {
     if (more) {
       leave_out_turns(rest);
       enter_task();
+      wait_to_be_let_go(group);
       start_scores(turn);
-      start_outputs(last, count > 1);
+      start_outputs(last, count > 1, [&] { let_next_go(); });
       look_at_keys();
       rows.close(params, task, inverse);
       products_wait<1>();
@@ -118,7 +126,7 @@ struct Multiplier {
       rows.begin(params.scale_log2);
       make_weights<true>(last);
     } else {
-      start_outputs(last, count > 1);
+      start_outputs(last, count > 1, [] {});
       rows.close(params, task, inverse);
       have_outputs();
       release_v(last);
@@ -147,10 +155,14 @@ struct Multiplier {
 
   __device__ __forceinline__ void look_at_keys() { seen = SeenByAll(smem.known_task(q_turn).keys); }
 
+  __device__ __forceinline__ void let_next_go() const { let_go(group + 1 < kGroups ? group + 1 : 0); }
+
   // All warps wait, and for one another: a phase of a barrier that passed unseen would be waited for for ever.
   __device__ __forceinline__ void leave_out_turns(int count) {
 #pragma unroll 1
     for (; count > 0; --count, ++turn) {
+      wait_to_be_let_go(group);
+      let_next_go();
       wait_for_k(turn);
       smem.barriers.v_full[turn % kStages].wait(turn / kStages);
       sync_warpgroup(group);
@@ -182,9 +194,9 @@ struct Multiplier {
     Products::start_scores(rows.s, q, k);
   }
 
-  __device__ __forceinline__ void start_outputs(uint32 turn, bool adds) {
+  template <typename Do> __device__ __forceinline__ void start_outputs(uint32 turn, bool adds, Do before_last) {
     smem.barriers.v_full[turn % kStages].wait(turn / kStages);
-    Products::start_outputs(rows.o, rows.p, v_matrix + turn % kStages * (VTile::kBytes / 16), adds);
+    Products::start_outputs(rows.o, rows.p, v_matrix + turn % kStages * (VTile::kBytes / 16), adds, before_last);
   }
 
   // S of the query tile's turn i, the newest, is there; rows see of it what they may.

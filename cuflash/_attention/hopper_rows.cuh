@@ -16,11 +16,17 @@ struct HopperProducts : MmaLayout {
     products_end();
   }
 
-  // O is overwritten by the first product of a query tile.
-  static __device__ __forceinline__ void start_outputs(T (&o)[kRows][kOutputs], const uint32 (&p)[kBlockN / 16][4], uint64 v, bool adds) {
+  // O is overwritten by the first product of a query tile. Products from registers are started one by one, as the tensor cores get on:
+  // there is something to do shortly before they run out of work.
+  template <typename Do>
+  static __device__ __forceinline__ void start_outputs(T (&o)[kRows][kOutputs], const uint32 (&p)[kBlockN / 16][4], uint64 v, bool adds,
+                                                       Do before_last) {
     products_begin();
 #pragma unroll
-    for (int k = 0; k < kBlockN / 16; ++k) Outputs::registers(o, p[k], v + k * 16 * 2 * kBox / 16, k > 0 || adds);
+    for (int k = 0; k < kBlockN / 16; ++k) {
+      if (k + 1 == kBlockN / 16) before_last();
+      Outputs::registers(o, p[k], v + k * 16 * 2 * kBox / 16, k > 0 || adds);
+    }
     products_end();
   }
 };
@@ -156,8 +162,8 @@ struct HopperRows : Rows<HopperProducts> {
       if (row < task.keys.rows && params.lse.data != nullptr && Products::key(0) == 0) {
         task.rows_of(params.lse)[row * params.lse.row] = empty ? -infinity<T>() : pair[r].log_sum() * T(kLn2);
       }
-      const T inverse_or_nan = pair[r].sum < T(1e37) ? reciprocal(pair[r].sum) : infinity<T>() * T(0);  // NaN also of what overflowed
-      inverse[r] = empty ? T(0) : inverse_or_nan;
+      const bool fits = Rows::has_weights(pair[r].max) && pair[r].sum < T(1e37);
+      inverse[r] = empty ? T(0) : fits ? reciprocal(pair[r].sum) : nan<T>();
     }
   }
 

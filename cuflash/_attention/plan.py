@@ -99,7 +99,7 @@ class Engine:
 MOST_FORESEEN = 1 << 16  # up to so many query tiles
 WARPGROUP = 64  # rows of one
 CHANGE = 1.0  # going on to the next one costs as much as so many key tiles
-ALONE = 0.3  # of what a whole tile costs, the part that one with fewer warpgroups at work costs, too
+ALONE = 0.3  # of a whole tile's cost, the part that one with fewer warpgroups at work has, too
 EVEN = 1.01  # what the busiest block has to do, as a multiple of the mean, that needs no improving
 TRIED = 48  # group sizes at most
 AT_ONCE = 4  # blocks at least that read a head's K and V at a time where L2 cannot keep them

@@ -71,6 +71,11 @@ constexpr int64 kEndAligned = -(1ll << 62);
 // not exactly 1, and rounding it to 16 bits costs what only a float32 output would show.
 constexpr int kSlack = sizeof(Element) == 2 && sizeof(Output) == 4 ? 0 : 8;
 
+// Up to this size a reference, which is rounded before it is subtracted, leaves of a row's largest score what its weight can hold.
+template <typename T> constexpr double kLargestReference = 1ull << 31;
+template <> constexpr double kLargestReference<float16> = 1 << 28;
+template <> constexpr double kLargestReference<double> = 1ull << 60;
+
 // The part of the output that is this block's: a tile of queries and one of kSlices slices of kHeadDimV columns.
 // Tiles that see most keys come first, and `sweep` heads advance together so that their keys stay in L2.
 struct BlockIndex {
@@ -235,6 +240,10 @@ template <typename Products> struct Rows {
     }
   }
 
+  static __device__ __forceinline__ bool has_weights(T reference) {
+    return reference <= T(kLargestReference<Element>) && -reference <= T(kLargestReference<Element>);
+  }
+
   // O / d and the logarithm of the sum. A row that saw no key gives 0 and -inf.
   __device__ __forceinline__ void finish(const Params& params) {
     const BlockIndex index(params);
@@ -251,7 +260,7 @@ template <typename Products> struct Rows {
       const bool empty = pair[r].max == -infinity<T>() && pair[r].sum == T(0);  // and no NaN
       if (row >= params.len_q) continue;
       if (lse != nullptr && Products::key(0) == 0) lse[row * params.lse.row] = pair[r].log_sum() * T(kLn2);
-      const T inverse = empty ? T(0) : T(1) / pair[r].sum;
+      const T inverse = empty ? T(0) : has_weights(pair[r].max) ? T(1) / pair[r].sum : nan<T>();
       Output* out_row = out + row * params.out.row;
 #pragma unroll
       for (int c = 0; c < Products::kOutputs; ++c) o[r][c] = empty ? T(0) : o[r][c] * inverse;

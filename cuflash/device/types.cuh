@@ -85,6 +85,7 @@ template <> __device__ __forceinline__ float infinity<float>() { return __int_as
 template <> __device__ __forceinline__ double infinity<double>() {
   return __longlong_as_double(0x7ff0000000000000ll);
 }
+template <typename T> __device__ __forceinline__ T nan() { return infinity<T>() - infinity<T>(); }
 
 template <typename T> __device__ __forceinline__ T min_of(T a, T b) { return a < b ? a : b; }
 template <typename T> __device__ __forceinline__ T max_of(T a, T b) { return a > b ? a : b; }

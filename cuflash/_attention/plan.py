@@ -101,7 +101,7 @@ WARPGROUP = 64  # rows of one
 CHANGE = 1.0  # going on to the next one costs as much as so many key tiles
 ALONE = 0.3  # of a whole tile's cost, the part that one with fewer warpgroups at work has, too
 EVEN = 1.01  # what the busiest block has to do, as a multiple of the mean, that needs no improving
-TRIED = 48  # group sizes at most
+TRIED = 48  # the largest group of heads that is tried
 AT_ONCE = 4  # blocks at least that read a head's K and V at a time where L2 cannot keep them
 WEIGHTS_FIRST = 128  # columns of V up to which registers hold the scores until the end
 # One block a multiprocessor, whose loaders leave their registers to the others.
@@ -364,8 +364,8 @@ def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
 
     Where rows see different numbers of keys, blocks with most work start first, in groups of heads
     whose K and V fill half of L2; otherwise a head's tiles follow one another and share its keys.
-    Where blocks go through many tiles, the group size is the nearest one to that with which they
-    have about as much to do as one another.
+    Where blocks go through many tiles, the group is the smallest with which they have about as
+    much to do as one another: what the blocks read at a time then comes from few heads.
     """
     size = BYTES[problem.dtype] * problem.len_k * (problem.head_dim + problem.head_dim_v)
     pairs = pairs_of_heads(problem)
@@ -379,8 +379,7 @@ def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
         return 1
     most = min(pairs, max(together, blocks // AT_ONCE))
     found = {}
-    nearest = sorted(range(1, most + 1), key=lambda heads: abs(heads - together))
-    for heads in nearest[:TRIED]:
+    for heads in range(1, min(most, TRIED) + 1):
         found[heads] = imbalance(costs, pairs, heads, blocks)
         if found[heads] <= EVEN:
             return heads

@@ -228,11 +228,11 @@ struct Multiplier {
     show_written();
     __syncwarp();  // all lanes have left theirs
     if (!stores || task.keys.rows <= top) return;
+    const Corner corner = task.corner(params.out, top);
 #pragma unroll
     for (int box = 0; box < OTile::kBoxes; ++box) {
       const uint32 from = smem.base + SharedMemory::kO + box * OTile::kBoxBytes + top * 2 * kBox;
-      send(hopper.out, from, box * kBox, task.row + top, place_along(task.head, params.out.head),
-           place_along(task.batch[0], params.out.batch[kBatchAxes - 1]), place_along(task.batch[1], params.out.batch[kBatchAxes - 2]));
+      send(hopper.out, from, box * kBox, corner.at[0], corner.at[1], corner.at[2], corner.at[3]);
     }
     stores_end();
   }

@@ -121,7 +121,9 @@ def planned(problem: Problem, operands: Operands, ready: Operands) -> tuple[Prob
         return problem, plan.choose(problem, gpu, output, copied(operands))
     against = obstacle(problem, ready, strides)
     stored = stored_by_tma(problem, ready, strides)
-    return problem, plan.choose(problem, gpu, output, copied(operands), against, stored)
+    # The axis of a map that is the second one of the batch is then the heads of a pack.
+    packs = problem.batch[-2] == 1 and ready.q.strides[-3] != 0
+    return problem, plan.choose(problem, gpu, output, copied(operands), against, stored, packs)
 
 
 def obstacle(
@@ -165,6 +167,16 @@ def axes(
     sizes = [rows, *(length if step else 1 for length, step in zip(others, steps[1:]))]
     strides = [step if size > 1 else _UNUSED_STRIDE for size, step in zip(sizes, steps)]
     return [max(1, size) for size in (array.shape[-1], *sizes)], strides
+
+
+def packed(sizes: list[int], strides: list[int], pack: int) -> tuple[list[int], list[int]]:
+    """The axes of an array whose heads, `pack` at a time, are one: (heads, rows, packs, batch)."""
+    columns, rows, heads, batch, _ = sizes
+    of_row, of_head, of_batch, _ = strides
+    return (
+        [columns, pack, rows, heads // pack, batch],
+        [of_head, of_row, of_head * pack, of_batch],
+    )
 
 
 def merge(outs: list[Any], lses: list[Any], out: cp.ndarray, lse: cp.ndarray) -> None:
@@ -310,14 +322,18 @@ def params(
     filled["left"] = UNBOUNDED if problem.left is None else problem.left
     filled["right"] = UNBOUNDED if problem.right is None else problem.right
     filled["scale_log2"], filled["factor"] = folded(problem.scale, filled["factor"].dtype)
-    sweep, pairs = plan.sweep(problem, gpus.current(), chosen), plan.pairs_of_heads(problem)
-    tiles = plan.query_tiles(problem, chosen)
+    pack, sweep = plan.packing(chosen), plan.sweep(problem, gpus.current(), chosen)
+    pairs, tiles = plan.pairs_of_heads(problem) // pack, plan.query_tiles(problem, chosen)
+    for name in ("q", "out", "lse"):
+        filled[name]["head"] *= pack
     filled["batch_shape"] = [divisor(length) for length in problem.batch]
-    filled["heads"], filled["group"] = divisor(problem.heads), divisor(problem.group)
+    filled["heads"], filled["group"] = (
+        divisor(heads // pack) for heads in (problem.heads, problem.group)
+    )
     filled["sweep"], filled["tiles_of_sweep"] = divisor(sweep), divisor(sweep * tiles)
     filled["sweeps"] = sweeps = -(-pairs // sweep)
     filled["last_sweep"] = divisor(pairs - (sweeps - 1) * sweep)
-    filled["len_q"], filled["len_k"] = problem.len_q, problem.len_k
+    filled["len_q"], filled["len_k"] = problem.len_q * pack, problem.len_k
     filled["head_dim"], filled["head_dim_v"] = problem.head_dim, problem.head_dim_v
     return filled
 
@@ -330,7 +346,7 @@ def mapped(
     filled: np.ndarray,
 ) -> np.ndarray:
     """The argument of forward_sm90.cu, from what the other kernels take."""
-    constants = dict(chosen.kernel.constants)
+    constants, pack = dict(chosen.kernel.constants), plan.packing(chosen)
     hopper = np.zeros((), _HOPPER_PARAMS)
     hopper["params"] = filled
     rows = {"q": _ROWS_OF_A_WARPGROUP, "k": constants["kBlockN"], "v": constants["kBlockN"]}
@@ -340,8 +356,12 @@ def mapped(
         if not getattr(operands, name).size:
             continue  # no tile is brought of it, and it may have no address
         sizes, steps = axes(problem, getattr(operands, name), strides[name])
+        box = [int(count), 1, 1, 1]
+        if pack > 1 and name in ("q", "out"):
+            sizes, steps = packed(sizes, steps, pack)
+            box = [pack, int(count) // pack, 1, 1]
         address = int(filled[name]["data"])
-        hopper[name] = tensor_maps.encode(problem.dtype, address, sizes, steps, int(count))
+        hopper[name] = tensor_maps.encode(problem.dtype, address, sizes, steps, box)
     return hopper
 
 

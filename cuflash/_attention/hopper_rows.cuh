@@ -160,7 +160,7 @@ struct HopperRows : Rows<HopperProducts> {
       pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
       const bool empty = pair[r].max == kLowest && pair[r].sum == T(0);  // and no NaN
       if (row < task.keys.rows && params.lse.data != nullptr && Products::key(0) == 0) {
-        task.rows_of(params.lse)[row * params.lse.row] = empty ? -infinity<T>() : pair[r].log_sum() * T(kLn2);
+        *task.row_of(params.lse, row) = empty ? -infinity<T>() : pair[r].log_sum() * T(kLn2);
       }
       const bool fits = Rows::has_weights(pair[r].max) && pair[r].sum < T(1e37);
       inverse[r] = empty ? T(0) : fits ? reciprocal(pair[r].sum) : nan<T>();
@@ -194,13 +194,13 @@ struct HopperRows : Rows<HopperProducts> {
 
   __device__ __forceinline__ void store(const Params& params, const Task& task) const {
     const bool whole = params.head_dim_v >= kHeadDimV;
-    Output* top = task.rows_of(params.out);
-    const uint64 alignment = reinterpret_cast<uint64>(top) | params.out.row * sizeof(Output);
+    const uint64 strides = params.out.row | (kPack > 1 ? params.out.head / kPack : 0);
+    const uint64 alignment = reinterpret_cast<uint64>(task.row_of(params.out, 0)) | strides * sizeof(Output);
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {
       const int row = Products::row(r);
       const bool exists = row < task.keys.rows;
-      Output* out = top + row * params.out.row;
+      Output* out = task.row_of(params.out, row);
       if (sizeof(Output) == 2 && whole && alignment % 16 == 0) {
         store_blocks(out, o[r], exists);
       } else if (exists && whole && alignment % (2 * sizeof(Output)) == 0) {

@@ -8,10 +8,11 @@ constexpr int kLoaders = 128;            // threads of the warpgroup that has ti
 constexpr int kLoaderRegisters = kGroups == 3 ? 32 : 40, kRegisters = kGroups == 3 ? 160 : 232;  // of a thread: 65536 in all
 static_assert(kLoaders * kLoaderRegisters + kThreads * kRegisters <= 65536, "setmaxnreg would wait for registers that nobody gives");
 constexpr int kGroupRows = 64;           // of a warpgroup
+static_assert(16 % kPack == 0, "a warp stores whole packs");
 constexpr int kBox = 64;                 // columns of 16 bits that TMA brings at a time: rows of 128 bytes
 
 struct HopperParams {
-  TensorMap q, k, v, out;  // (column, row, head, batch, batch) -> element; out only if kStaged
+  TensorMap q, k, v, out;  // (column, row, head, batch, batch) -> element, but see Task::corner; out only if kStaged
   Params params;
 };
 
@@ -59,6 +60,16 @@ struct KeyTiles {
   __device__ __forceinline__ int key(int turn) const { return (last() - turn) * kBlockN; }
 };
 
+// Where a tile begins along the axes of a map, but the columns. Along a broadcast axis an array has one place.
+struct Corner {
+  int at[4];
+
+  template <typename T>
+  __device__ __forceinline__ Corner(const Strided<T>& array, int row, int head, const int (&batch)[2])
+      : at{row, place(head, array.head), place(batch[0], array.batch[kBatchAxes - 1]), place(batch[1], array.batch[kBatchAxes - 2])} {}
+  static __device__ __forceinline__ int place(int at, int64 stride) { return stride == 0 ? 0 : at; }
+};
+
 // A query tile as all warps must know it.
 struct Task {
   KeyInterval keys;  // of no rows: there is nothing more to do
@@ -73,10 +84,23 @@ struct Task {
     for (int i = 0; i < 2; ++i) batch[i] = index.batch[kBatchAxes - 1 - i];
   }
 
-  // The tile's first row of an array: the batch has two axes at most.
-  template <typename T> __device__ __forceinline__ T* rows_of(const Strided<T>& array) const {
+  // The tile's row i of an array: the batch has two axes at most. The rows of packed heads alternate.
+  template <typename T> __device__ __forceinline__ T* row_of(const Strided<T>& array, int i) const {
     const int64 of_batch = batch[0] * array.batch[kBatchAxes - 1] + batch[1] * array.batch[kBatchAxes - 2];
-    return array.data + of_batch + head * array.head + row * array.row;
+    const int64 of_row = (row + i) / kPack * array.row + (row + i) % kPack * (array.head / kPack);
+    return array.data + of_batch + head * array.head + of_row;
+  }
+
+  // Where they are for the copy engine: of packed heads, the map is (column, head of the pack, row, pack, batch) -> element.
+  template <typename T> __device__ __forceinline__ Corner corner(const Strided<T>& array, int i) const {
+    Corner corner(array, row + i, head, batch);
+    if (kPack > 1) {
+      corner.at[3] = corner.at[2];
+      corner.at[2] = corner.at[1];
+      corner.at[1] = corner.at[0] / kPack;
+      corner.at[0] = 0;
+    }
+    return corner;
   }
 };
 
@@ -114,32 +138,26 @@ struct SharedMemory {
 // What all lanes of a warp have in common, for the compiler to know it.
 __device__ __forceinline__ int in_common(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// Along a broadcast axis an array has one place.
-__device__ __forceinline__ int place_along(int at, int64 stride) { return stride == 0 ? 0 : at; }
-
 // Has kRows rows of a tile brought, all their boxes, by one lane of a warp, once all lanes have come here: one that lagged two phases
 // behind would wait for ever.
-template <typename Tile, int kRows, typename T>
-__device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, const Strided<T>& array, Barrier& barrier, int row, int head,
-                                           const int (&batch)[2]) {
+template <typename Tile, int kRows>
+__device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, Barrier& barrier, const Corner& corner) {
   __syncwarp();  // all lanes have seen the barriers before
   if (threadIdx.x % 32 != 0) return;
   barrier.expect(kRows * 2 * kBox * Tile::kBoxes);
 #pragma unroll
   for (int box = 0; box < Tile::kBoxes; ++box) {
-    bring(to + box * Tile::kBoxBytes, map, barrier, box * kBox, row, place_along(head, array.head),
-          place_along(batch[0], array.batch[kBatchAxes - 1]), place_along(batch[1], array.batch[kBatchAxes - 2]));
+    bring(to + box * Tile::kBoxBytes, map, barrier, box * kBox, corner.at[0], corner.at[1], corner.at[2], corner.at[3]);
   }
 }
 
 // Has a warp fill in rows of a query tile that see no key: 0, and -inf.
 __device__ __forceinline__ void fill_in(const Params& params, const Task& task, int first_row, int end_row) {
-  Output* out = task.rows_of(params.out);
-  float* lse = task.rows_of(params.lse);
 #pragma unroll 1
   for (int row = first_row; row < end_row; ++row) {
-    for (int c = threadIdx.x % 32; c < params.head_dim_v; c += 32) out[row * params.out.row + c] = narrow<Output>(0.0f);
-    if (params.lse.data != nullptr && threadIdx.x % 32 == 0) lse[row * params.lse.row] = -infinity<float>();
+    Output* out = task.row_of(params.out, row);
+    for (int c = threadIdx.x % 32; c < params.head_dim_v; c += 32) out[c] = narrow<Output>(0.0f);
+    if (params.lse.data != nullptr && threadIdx.x % 32 == 0) *task.row_of(params.lse, row) = -infinity<float>();
   }
 }
 
@@ -178,8 +196,8 @@ struct Scheduler {
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
       smem.barriers.q_empty[stage][group].wait(turn / kQStages - 1);
-      bring_tile<QTile, kGroupRows>(smem.q(turn, group), hopper.q, hopper.params.q, smem.barriers.q_full[stage][group],
-                                    task.row + group * kGroupRows, task.head, task.batch);
+      bring_tile<QTile, kGroupRows>(smem.q(turn, group), hopper.q, smem.barriers.q_full[stage][group],
+                                    task.corner(hopper.params.q, group * kGroupRows));
     }
   }
 
@@ -220,7 +238,8 @@ template <bool kIsV> struct Loader {
   __device__ __forceinline__ void bring_k(const Task& task, int key) {
     const uint32 stage = turn % kStages;
     smem.barriers.k_empty[stage].wait(turn / kStages - 1);
-    bring_tile<KTile, kBlockN>(smem.k(turn), hopper.k, hopper.params.k, smem.barriers.k_full[stage], key, task.kv_head, task.batch);
+    bring_tile<KTile, kBlockN>(smem.k(turn), hopper.k, smem.barriers.k_full[stage],
+                               Corner(hopper.params.k, key, task.kv_head, task.batch));
   }
 
   __device__ __forceinline__ void begin() const {
@@ -236,7 +255,7 @@ template <bool kIsV> struct Loader {
     const bool whole = begin <= 0 && (end >= kBlockN || end + key >= hopper.params.len_k);
     Barrier &full = smem.barriers.v_full[stage], &raw = smem.barriers.v_raw;
     smem.barriers.v_empty[stage].wait(turn / kStages - 1);
-    bring_tile<VTile, kBlockN>(smem.v(turn), hopper.v, hopper.params.v, whole ? full : raw, key, task.kv_head, task.batch);
+    bring_tile<VTile, kBlockN>(smem.v(turn), hopper.v, whole ? full : raw, Corner(hopper.params.v, key, task.kv_head, task.batch));
     if (whole) return;
     raw.wait(raw_turn++);
     clear_rows(smem.v(turn), 0, begin);

@@ -103,6 +103,8 @@ ALONE = 0.3  # of a whole tile's cost, the part that one with fewer warpgroups a
 EVEN = 1.01  # what the busiest block has to do, as a multiple of the mean, that needs no improving
 TRIED = 48  # the largest group of heads that is tried
 AT_ONCE = 4  # blocks at least that read a head's K and V at a time where L2 cannot keep them
+MOST_PACKED = 16  # query heads in the rows of a tile: a warp has whole packs
+FEW_QUERIES = 1024  # beyond that, hardly a tile has empty rows
 WEIGHTS_FIRST = 128  # columns of V up to which registers hold the scores until the end
 # One block a multiprocessor, whose loaders leave their registers to the others.
 _HOPPER = Engine(
@@ -197,6 +199,7 @@ def choose(
     copies: tuple[str, ...] = (),
     obstacle: str | None = None,
     stored_by_tma: bool = True,
+    packs: bool = True,
 ) -> Plan:
     """Plan one launch.
 
@@ -212,6 +215,8 @@ def choose(
         What keeps Hopper's copy engine from reading the operands.
     stored_by_tma : bool
         Whether nothing keeps it from writing the output.
+    packs : bool
+        Whether it can bring heads that share keys as rows of one tile.
     """
     engine, why = _engine(problem, gpu, obstacle)
     tile = _tile(engine, problem, gpu)
@@ -220,7 +225,8 @@ def choose(
     fits = shared_memory(engine, problem, tile, staged=True) <= gpu.shared_memory_per_block
     staged = stored_by_tma and BYTES[output] == 2 and fits
     places = tile.blocks * gpu.multiprocessors
-    return plan(problem, output, engine, tile, why, copies, places, staged)
+    pack = best_pack(problem, tile) if packs else 1
+    return plan(problem, output, engine, tile, why, copies, places, staged, pack)
 
 
 def _engine(problem: Problem, gpu: Gpu, obstacle: str | None) -> tuple[Engine, str]:
@@ -276,6 +282,14 @@ def _tile(engine: Engine, problem: Problem, gpu: Gpu) -> Tile:
     raise RuntimeError(f"no tile of {engine.file} serves head dim {widest} on {gpu.name}")
 
 
+def best_pack(problem: Problem, tile: Tile) -> int:
+    """How many heads that share keys are rows of one tile: few queries leave tiles empty."""
+    if problem.len_q > FEW_QUERIES:
+        return 1
+    sizes = [2**i for i in range(MOST_PACKED.bit_length()) if problem.group % 2**i == 0]
+    return min(sizes, key=lambda pack: -(-problem.len_q * pack // tile.queries) / pack)
+
+
 def shared_memory(engine: Engine, problem: Problem, tile: Tile, staged: bool = False) -> int:
     """Bytes a block: Q, then each stage's K and V, then O where it is staged, then barriers."""
     size = engine.operand_bytes or BYTES[problem.dtype]
@@ -294,13 +308,14 @@ def plan(
     copies: tuple[str, ...],
     places: int | None = None,
     staged: bool = False,
+    pack: int = 1,
 ) -> Plan:
     """Spell out a chosen tile as a launch, of as many blocks at most as there are places."""
     d, d_v = head_dims(engine, problem, tile)
     slices = -(-problem.head_dim_v // d_v)
-    tiles = -(-problem.len_q // tile.queries)
+    tiles = -(-problem.len_q * pack // tile.queries)
     pairs = pairs_of_heads(problem)
-    blocks = tiles * slices * pairs
+    blocks = tiles * slices * (pairs // pack)
     if blocks >= 2**31:
         raise ValueError(
             f"`q` has {problem.len_q} rows in each of {pairs} heads, over all "
@@ -314,6 +329,7 @@ def plan(
         "kSlices": slices,
         "kBlockM": tile.queries,
         "kBlockN": tile.keys,
+        "kPack": pack,
         "kThreads": 32 * tile.warps,
         "kStages": tile.stages,
         "kMinBlocks": tile.blocks,
@@ -360,7 +376,7 @@ def merge(dtype: str, output: str, shape: tuple[int, ...], copies: tuple[str, ..
 
 @functools.lru_cache(maxsize=4096)
 def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
-    """How many (batch, head) pairs advance through their query tiles together.
+    """How many (batch, head) pairs advance through their query tiles together, packed heads as one.
 
     Where rows see different numbers of keys, blocks with most work start first, in groups of heads
     whose K and V fill half of L2; otherwise a head's tiles follow one another and share its keys.
@@ -368,15 +384,15 @@ def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
     much to do as one another: what the blocks read at a time then comes from few heads.
     """
     size = BYTES[problem.dtype] * problem.len_k * (problem.head_dim + problem.head_dim_v)
-    pairs = pairs_of_heads(problem)
-    together = min(pairs, max(1, gpu.l2_bytes // 2 // max(size, 1) * problem.group))
+    pairs, group = pairs_of_heads(problem) // packing(chosen), problem.group // packing(chosen)
+    together = min(pairs, max(1, gpu.l2_bytes // 2 // max(size, 1) * group))
     if not is_hopper(chosen):
         return 1 if problem.left is None and problem.right is None else together
-    if query_tiles(problem, chosen) * pairs > MOST_FORESEEN:
-        return together
     costs, blocks = tile_costs(problem, chosen), chosen.grid[0]
-    if np.ptp(costs) == 0:
+    if np.ptp(costs) == 0 or len(costs) * pairs <= blocks:
         return 1
+    if len(costs) * pairs > MOST_FORESEEN:
+        return together
     most = min(pairs, max(together, blocks // AT_ONCE))
     found = {}
     for heads in range(1, min(most, TRIED) + 1):
@@ -387,31 +403,38 @@ def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
 
 
 def query_tiles(problem: Problem, chosen: Plan) -> int:
-    """Query tiles of one head."""
-    return -(-problem.len_q // int(dict(chosen.kernel.constants)["kBlockM"]))
+    """Query tiles of one head, or of one pack of them."""
+    return -(-problem.len_q * packing(chosen) // int(dict(chosen.kernel.constants)["kBlockM"]))
+
+
+def packing(chosen: Plan) -> int:
+    """Heads whose rows alternate in a query tile."""
+    return int(dict(chosen.kernel.constants)["kPack"])
 
 
 def tile_costs(problem: Problem, chosen: Plan) -> np.ndarray:
     """What each query tile of a head costs, from the last to the first, in key tiles."""
     constants = dict(chosen.kernel.constants)
     queries, keys = int(constants["kBlockM"]), int(constants["kBlockN"])
-    len_q, len_k, start = problem.len_q, problem.len_k, first_position(problem)
+    len_q, len_k, start = problem.len_q * packing(chosen), problem.len_k, first_position(problem)
     top = np.arange(0, len_q, queries)[::-1]
     bottom = np.minimum(top + queries, len_q) - 1
+    groups = -(-(bottom + 1 - top) // WARPGROUP) / (queries // WARPGROUP)
+    top, bottom = top // packing(chosen), bottom // packing(chosen)
     begin, end = np.zeros_like(top), np.full_like(top, len_k)
     if problem.left is not None:
         begin = np.clip(start + top - problem.left, 0, len_k)
     if problem.right is not None:
         end = np.clip(start + bottom + problem.right + 1, 0, len_k)
-    groups = -(-(bottom + 1 - top) // WARPGROUP) / (queries // WARPGROUP)
     costs = ((end - 1) // keys + 1 - begin // keys) * (ALONE + (1 - ALONE) * groups) + CHANGE
     return np.where(end > begin, costs, 0.0)
 
 
 def imbalance(costs: np.ndarray, pairs: int, together: int, blocks: int) -> float:
     """What the busiest block has to do, as a multiple of the mean: blocks go to and fro."""
-    groups = [min(together, pairs - first) for first in range(0, pairs, together)]
-    work = np.concatenate([np.repeat(costs, heads) for heads in groups])
+    groups, rest = divmod(pairs, together)
+    whole = np.tile(np.repeat(costs, together), groups)
+    work = np.concatenate([whole, np.repeat(costs, rest)])
     rounds = np.append(work, np.zeros(-len(work) % blocks)).reshape(-1, blocks)
     rounds[1::2] = rounds[1::2, ::-1]
     return float(rounds.sum(0).max() * blocks / max(work.sum(), 1.0))

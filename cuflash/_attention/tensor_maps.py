@@ -24,9 +24,9 @@ MAP = np.dtype([("address", "u8"), ("rest", f"V{_BYTES - 8}")])
 
 
 def encode(
-    dtype: str, address: int, sizes: Sequence[int], strides: Sequence[int], rows: int
+    dtype: str, address: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
 ) -> np.void:
-    """The map of an array whose tiles are boxes of `rows` rows by BOX columns.
+    """The map of an array whose tiles are boxes of BOX columns.
 
     Parameters
     ----------
@@ -38,10 +38,12 @@ def encode(
         Columns, rows, and three more axes.
     strides : sequence of int
         Of all of them but the columns, in bytes: positive multiples of 16.
+    box : sequence of int
+        What a tile has of each, but for the columns.
     """
     if not _address_is_first():
         raise RuntimeError("the driver's tensor maps do not begin with the address")
-    return _encode(dtype, address, tuple(sizes), tuple(strides), rows)
+    return _encode(dtype, address, tuple(sizes), tuple(strides), tuple(box))
 
 
 def fits(sizes: Sequence[int], strides: Sequence[int]) -> bool:
@@ -53,7 +55,11 @@ def fits(sizes: Sequence[int], strides: Sequence[int]) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _encode(
-    dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], rows: int
+    dtype: str,
+    address: int,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
 ) -> np.void:
     memory = ctypes.create_string_buffer(_BYTES + _ALIGNMENT)
     begin = -ctypes.addressof(memory) % _ALIGNMENT
@@ -65,7 +71,7 @@ def _encode(
         ctypes.c_void_p(address),
         words64(*sizes),
         words64(*strides),
-        words32(BOX, rows, 1, 1, 1),
+        words32(BOX, *box),
         words32(1, 1, 1, 1, 1),
         _NO_INTERLEAVE,
         _SWIZZLE_128,
@@ -84,7 +90,8 @@ def _address_is_first() -> bool:
     """Whether maps of different addresses differ in their first word alone: the address."""
     addresses = 1 << 20, (1 << 44) + (1 << 30) + 16
     sizes, strides = (64, 8, 1, 1, 1), (128, 1024, 1024, 1024)
-    one, other = (_encode("float16", address, sizes, strides, 8) for address in addresses)
+    box = 8, 1, 1, 1
+    one, other = (_encode("float16", address, sizes, strides, box) for address in addresses)
     return (int(one["address"]), int(other["address"])) == addresses and (
         one["rest"].tobytes() == other["rest"].tobytes()
     )

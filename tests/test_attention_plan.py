@@ -219,23 +219,28 @@ def test_blocks_are_no_more_than_fit_at_a_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("len_q", "heads", "pack", "tiles"),
+    ("batch", "len_q", "heads", "pack", "tiles"),
     [
-        (1, 32, 8, 4),
-        (16, 32, 8, 4),
-        (20, 32, 4, 8),
-        (128, 32, 1, 32),
-        (130, 32, 8, 36),
-        (9, 24, 2, 12),
+        (1, 1, 32, 1, 32),  # one round as it is
+        (8, 1, 32, 2, 128),
+        (64, 1, 32, 8, 132),
+        (16, 16, 32, 4, 128),
+        (16, 130, 32, 4, 132),  # 5 tiles of 128 for 4 heads, not 8
+        (16, 128, 32, 1, 132),
+        (99, 9, 24, 2, 132),
     ],
 )
-def test_heads_that_share_keys_are_packed(len_q: int, heads: int, pack: int, tiles: int) -> None:
+def test_heads_that_share_keys_are_packed(
+    batch: int, len_q: int, heads: int, pack: int, tiles: int
+) -> None:
+    """As few as leave no more rounds of 132 blocks than any other number of them."""
     hopper = gpu.of_arch(90)
-    asked = replaced(batch=(1,), len_q=len_q, heads=heads, kv_heads=4, head_dim=128, head_dim_v=128)
+    shape = {"batch": (batch,), "len_q": len_q, "heads": heads, "kv_heads": 4}
+    asked = replaced(**shape, head_dim=128, head_dim_v=128)
     chosen = plan.choose(asked, hopper, "float16")
     assert (plan.packing(chosen), chosen.grid[0]) == (pack, tiles)
     assert plan.packing(plan.choose(asked, hopper, "float16", packs=False)) == 1
-    long = dataclasses.replace(asked, len_q=2**28 + 1)
+    long = dataclasses.replace(asked, len_q=plan.FEW_QUERIES + 1)
     assert plan.packing(plan.choose(long, hopper, "float16")) == 1
 
 

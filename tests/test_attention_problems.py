@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import unittest.mock
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from strategies import DTYPES, OUT_LAYOUTS, Call, Problem, frame, materialise, n
 from tolerance import ROUNDOFF
 
 import cuflash
+from cuflash._attention import plan
 
 AWKWARD = [(1, 239), (239, 1), (799, 3), (257, 257), (3, 799)]
 AWKWARD_DIMS = [8, 40, 72, 96, 128, 160, 192, 224, 256]
@@ -26,6 +30,28 @@ MARGIN = 64  # elements on both sides of a guarded output; they keep it aligned
 def test_problem(xp, problem):
     call = materialise(problem)
     judge(call).check(*attend(call, xp))
+
+
+@contextlib.contextmanager
+def packed_whenever_possible() -> Iterator[None]:
+    """Small problems fill no round of blocks, and are not packed to spare one."""
+
+    def largest(problem, tile, places):
+        return next(pack for pack in (16, 8, 4, 2, 1) if problem.group % pack == 0)
+
+    with unittest.mock.patch.object(plan, "best_pack", largest):
+        plan.choose.cache_clear()
+        yield
+    plan.choose.cache_clear()
+
+
+@pytest.mark.parametrize("group", [2, 4, 6, 16])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@given(data=st.data())
+def test_packed_heads(cp, dtype, group, data):
+    call = materialise(data.draw(problems(dtype=dtype, group=group, two_axes=False)))
+    with packed_whenever_possible():
+        judge(call).check(*attend(call, cp))
 
 
 @given(problem=problems())

@@ -5,6 +5,8 @@ No GPU is needed, only NVRTC: the code is compiled, not run.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cuflash._attention import plan as attention_plan
@@ -70,11 +72,13 @@ def attention_plans(arch: int, kind: str) -> list[Plan]:
     dtype, output, precision, head_dims = KINDS[kind]
     plans = [attention_plan.merge(dtype, output, (2, 4, 512, 64))] if precision is None else []
     for d, d_v in head_dims:
-        asked, by_tma = problem(dtype, d, d_v, precision), (True, False) if arch == 90 else (True,)
-        plans += [
-            attention_plan.choose(asked, gpu.of_arch(arch), output, stored_by_tma=stored)
-            for stored in by_tma
-        ]
+        asked, model = problem(dtype, d, d_v, precision), gpu.of_arch(arch)
+        plans.append(attention_plan.choose(asked, model, output))
+        if arch == 90:
+            plans.append(attention_plan.choose(asked, model, output, stored_by_tma=False))
+        if arch == 90 and d == d_v:  # heads are packed then
+            few = replace(asked, batch=(99,), len_q=8)
+            plans.append(attention_plan.choose(few, model, output))
     return list({str(chosen.kernel): chosen for chosen in plans}.values())
 
 

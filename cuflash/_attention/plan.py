@@ -104,7 +104,7 @@ EVEN = 1.01  # what the busiest block has to do, as a multiple of the mean, that
 TRIED = 48  # the largest group of heads that is tried
 AT_ONCE = 4  # blocks at least that read a head's K and V at a time where L2 cannot keep them
 MOST_PACKED = 16  # query heads in the rows of a tile: a warp has whole packs
-FEW_QUERIES = 1024  # beyond that, hardly a tile has empty rows
+FEW_QUERIES = 1024  # beyond that, few of a tile's rows are empty
 WEIGHTS_FIRST = 128  # columns of V up to which registers hold the scores until the end
 # One block a multiprocessor, whose loaders leave their registers to the others.
 _HOPPER = Engine(
@@ -225,7 +225,7 @@ def choose(
     fits = shared_memory(engine, problem, tile, staged=True) <= gpu.shared_memory_per_block
     staged = stored_by_tma and BYTES[output] == 2 and fits
     places = tile.blocks * gpu.multiprocessors
-    pack = best_pack(problem, tile) if packs else 1
+    pack = best_pack(problem, tile, places) if packs else 1
     return plan(problem, output, engine, tile, why, copies, places, staged, pack)
 
 
@@ -282,12 +282,17 @@ def _tile(engine: Engine, problem: Problem, gpu: Gpu) -> Tile:
     raise RuntimeError(f"no tile of {engine.file} serves head dim {widest} on {gpu.name}")
 
 
-def best_pack(problem: Problem, tile: Tile) -> int:
-    """How many heads that share keys are rows of one tile: few queries leave tiles empty."""
+def best_pack(problem: Problem, tile: Tile, places: int) -> int:
+    """How many heads that share keys are rows of one tile: as few as spare a round of blocks."""
     if problem.len_q > FEW_QUERIES:
         return 1
     sizes = [2**i for i in range(MOST_PACKED.bit_length()) if problem.group % 2**i == 0]
-    return min(sizes, key=lambda pack: -(-problem.len_q * pack // tile.queries) / pack)
+
+    def rounds(pack: int) -> int:
+        tiles = -(-problem.len_q * pack // tile.queries)
+        return -(-tiles * (pairs_of_heads(problem) // pack) // places)
+
+    return min(sizes, key=rounds)
 
 
 def shared_memory(engine: Engine, problem: Problem, tile: Tile, staged: bool = False) -> int:

@@ -260,30 +260,34 @@ def test_groups_of_heads_give_blocks_as_much_to_do(
     heads = plan.sweep(asked, hopper, chosen)
     assert 1 <= heads <= pairs
     costs = plan.tile_costs(asked, chosen)
-    work = [plan.imbalance(costs, pairs, each, chosen.grid[0]) for each in (heads, 1)]
-    assert work[0] <= work[1] + 0.01
+    work = [plan.imbalance(costs, pairs, each, chosen.grid[0]) for each in range(1, heads + 1)]
+    assert work[-1] <= work[0] + 0.01
+    assert all(each > plan.EVEN for each in work[:-1]), "a smaller group would have done"
 
 
-def test_causal_blocks_have_as_much_to_do() -> None:
-    """Lengths of the bench, at 16,384 tokens of 16 heads."""
-    hopper = gpu.of_arch(90)
-    for len_q in (512, 1024, 2048, 4096, 8192, 16384):
-        batch, causal = 16384 // len_q, {"left": None, "right": 0}
-        asked = replaced(
-            batch=(batch,),
-            heads=16,
-            kv_heads=16,
-            len_q=len_q,
-            len_k=len_q,
-            head_dim=128,
-            head_dim_v=128,
-            **causal,
-        )
+@pytest.mark.parametrize("right", [None, 0])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_blocks_have_as_much_to_do(d: int, right: int | None) -> None:
+    """Lengths of the bench, at 16,384 tokens in all."""
+    hopper, heads = gpu.of_arch(90), 2048 // d
+    for length in (512, 1024, 2048, 4096, 8192, 16384):
+        shape = {"batch": (16384 // length,), "len_q": length, "len_k": length}
+        asked = replaced(**shape, heads=heads, kv_heads=heads, head_dim=d, head_dim_v=d)
+        asked = dataclasses.replace(asked, left=None, right=right)
         chosen = plan.choose(asked, hopper, "float16")
-        costs = plan.tile_costs(asked, chosen)
-        heads = plan.sweep(asked, hopper, chosen)
+        costs, pairs = plan.tile_costs(asked, chosen), plan.pairs_of_heads(asked)
+        together = plan.sweep(asked, hopper, chosen)
         # What cannot be shared out evenly is the last round, of the smallest tiles.
-        assert plan.imbalance(costs, 16 * batch, heads, chosen.grid[0]) < 1.04, len_q
+        assert plan.imbalance(costs, pairs, together, chosen.grid[0]) < 1.045, length
+
+
+def test_query_tiles_with_fewer_rows_cost_less() -> None:
+    """Of a tile of two key tiles, 0.3 does not depend on how many warpgroups are at work."""
+    for rows, cost in ((1, 2.3), (64, 2.3), (65, 3.0), (128, 3.0)):
+        asked = replaced(len_q=rows, len_k=256, head_dim=128, head_dim_v=128)
+        asked = dataclasses.replace(asked, left=None, right=None)
+        chosen = plan.choose(asked, gpu.of_arch(90), "float16", packs=False)
+        np.testing.assert_allclose(plan.tile_costs(asked, chosen), [cost])
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,15 @@ class Task:
     own: tuple[Tiles, ...]
 
 
+@dataclass
+class Place:
+    """Where tiles come, one after another, with [full] and [empty] barriers."""
+
+    full: Barrier
+    empty: Barrier
+    holds: int | None = None  # the turn whose tile is there, or on its way
+
+
 @dataclass(frozen=True)
 class Shape:
     """The constants of a kernel: groups, keys of a tile, [kStages], [kQStages]."""
@@ -103,39 +112,42 @@ class Block:
     def __post_init__(self) -> None:
         groups, stages = self.shape.groups, self.shape.stages
 
-        def pairs(places: int, full: int, empty: int) -> list[tuple[Barrier, Barrier]]:
-            return [(Barrier(full), Barrier(empty)) for _ in range(places)]
+        def ring(places: int, readers: int) -> list[Place]:
+            return [Place(Barrier(1), Barrier(readers)) for _ in range(places)]
 
-        self.task = pairs(TASKS, 1, WARPS * groups)
-        self.q = [pairs(self.shape.q_stages, 1, 1) for _ in range(groups)]
-        self.k, self.v = pairs(stages, 1, groups), pairs(stages, 1, groups)
+        self.task = ring(TASKS, WARPS * groups)
+        self.q = [ring(self.shape.q_stages, 1) for _ in range(groups)]
+        self.k, self.v = ring(stages, groups), ring(stages, groups)
         self.begun = Barrier(1)
         self.lines = [Line() for _ in range(groups)]
         self.met: dict[tuple[int, int], int] = {}  # warps of a group, by how often they have met
 
     @staticmethod
-    def full(ring: list[tuple[Barrier, Barrier]], turn: int) -> Step:
-        return ring[turn % len(ring)][0].over(turn // len(ring))
+    def full(ring: list[Place], turn: int) -> Step:
+        return ring[turn % len(ring)].full.over(turn // len(ring))
 
-    @staticmethod
-    def fill(ring: list[tuple[Barrier, Barrier]], turn: int) -> Role:
+    def fill(self, ring: list[Place], turn: int) -> Role:
         """Wait until a place is empty, and say some time later that it is full."""
-        yield ring[turn % len(ring)][1].over(turn // len(ring) - 1)
+        place = ring[turn % len(ring)]
+        yield place.empty.over(turn // len(ring) - 1)
+        first = turn == 0 and ring is not self.v
+        assert first or self.begun.phase == 1 or ring is self.k, "what may wait, waits"
+        place.holds = turn
         yield None
-        ring[turn % len(ring)][0].arrive()
+        place.full.arrive()
 
     def scheduler(self) -> Role:
         for turn, task in enumerate([*self.tasks, None]):
-            yield self.task[turn % TASKS][1].over(turn // TASKS - 1)
+            yield self.task[turn % TASKS].empty.over(turn // TASKS - 1)
             self.known[turn % TASKS] = task
-            self.task[turn % TASKS][0].arrive()
+            self.task[turn % TASKS].full.arrive()
             if turn == 1 and task is not None:
                 yield self.begun.over(0)
             if task is not None:
                 for ring in self.q:
                     yield from self.fill(ring, turn)
 
-    def loader(self, ring: list[tuple[Barrier, Barrier]]) -> Role:
+    def loader(self, ring: list[Place]) -> Role:
         turns = count()
         for number in count():
             yield self.full(self.task, number)
@@ -162,9 +174,14 @@ class Block:
             self.met[place] = self.met.get(place, 0) + 1
             yield lambda: self.met[place] == WARPS
 
-        def release(ring: list[tuple[Barrier, Barrier]], place: int) -> None:
+        def has_read(ring: list[Place], turn: int) -> None:
+            if warp == 0:  # others may come here when it has been given back
+                assert ring[turn % len(ring)].holds == turn, "nobody has overwritten it"
+
+        def release(ring: list[Place], turn: int) -> None:
+            has_read(ring, turn)
             if warp == 0:
-                ring[place % len(ring)][1].arrive()
+                ring[turn % len(ring)].empty.arrive()
 
         def take() -> Iterator[Step]:
             yield self.full(self.task, number)
@@ -194,19 +211,23 @@ class Block:
             yield self.full(self.q[group], number)
             yield self.full(self.k, turn)
 
-        def have_scores(left: int) -> Role:
+        def have_scores(task: Task, left: int) -> Role:
             yield from meet()
+            has_read(self.q[group], number)
             release(self.k, turn)
             if not left:
                 release(self.q[group], number)
+            assert self.known[number % TASKS] is task, "it is still there for the mask"
 
-        def outputs(of: int) -> Role:
+        def outputs(of: int, lets_go: bool) -> Role:
             yield self.full(self.v, of)
+            if lets_go:
+                let_next_go()
             yield from meet()
 
         def leave_task(of: int) -> None:
             assert self.known[of % TASKS] is self.tasks[of], "it is still there to be stored"
-            self.task[of % TASKS][1].arrive()
+            self.task[of % TASKS].empty.arrive()
 
         if group + 1 == self.shape.groups:
             let_next_go()
@@ -228,7 +249,7 @@ class Block:
             yield from enter(task)
             yield from be_let_go()
             let_next_go()
-            yield from have_scores(task.own[group].count - 1)
+            yield from have_scores(task, task.own[group].count - 1)
             follows = True
             while follows:  # [go_through_task]
                 own = task.own[group]
@@ -237,9 +258,8 @@ class Block:
                 for left in reversed(range(own.count - 1)):
                     turn += 1
                     yield from be_let_go()
-                    yield from outputs(turn - 1)
-                    let_next_go()
-                    yield from have_scores(left)
+                    yield from outputs(turn - 1, lets_go=True)
+                    yield from have_scores(task, left)
                     if left:
                         yield self.full(self.k, turn + 1)
                     yield from meet()
@@ -256,14 +276,13 @@ class Block:
                     yield from leave_out(rest)
                     yield from enter(after)
                     yield from be_let_go()
-                    yield from outputs(last)
-                    let_next_go()
-                    yield from have_scores(after.own[group].count - 1)
+                    yield from outputs(last, lets_go=True)
+                    yield from have_scores(after, after.own[group].count - 1)
                     yield from meet()
                     release(self.v, last)
                     leave_task(number - 1)
                 else:
-                    yield from outputs(last)
+                    yield from outputs(last, lets_go=False)
                     yield from meet()
                     release(self.v, last)
                     yield from leave_out(rest)
@@ -293,6 +312,7 @@ class Block:
                 waits[name] = next(roles[name])
             except StopIteration:
                 del roles[name], waits[name]
+        assert not any(line.come for line in self.lines), "everybody was waited for"
 
 
 def tiles(begin: int, end: int, keys: int) -> Tiles:

@@ -70,7 +70,7 @@ struct Multiplier {
 #pragma unroll 1
       while (go_through_task()) {}
     }
-    if (group == 0) wait_to_be_let_go(group);  // nobody is left to be let go
+    if (group == 0) wait_to_be_let_go(group);  // for the last time: the line ends empty
     if (kStaged) stores_wait_read();           // shared memory goes with the block
   }
 
@@ -110,7 +110,8 @@ struct Multiplier {
     const uint32 last = turn++;
     const int rest = tiles.first - task.tiles.first;
     ++q_turn;
-    // After so many turns that are left out, V would have to come where that of the last turn still is.
+    // After so many turns that are left out, V would have to come where that of the last turn still is. Others wait for it before they
+    // let this warpgroup go.
     const bool more = take_task() && tiles.count > 0 && rest + smem.known_task(q_turn).tiles.last() - tiles.last() < kStages;
     float inverse[Products::kRows];
     if (more) {
@@ -141,8 +142,8 @@ struct Multiplier {
   // Waits for the next query tile; false if there is none.
   __device__ __forceinline__ bool take_task() {
     const Task& task = smem.task(q_turn);
-    tiles.first = in_common(task.seen[group].first);
-    tiles.count = in_common(task.seen[group].count);
+    tiles.first = in_common(task.own[group].first);
+    tiles.count = in_common(task.own[group].count);
     return in_common(task.keys.rows) > 0;
   }
 
@@ -157,7 +158,7 @@ struct Multiplier {
 
   __device__ __forceinline__ void let_next_go() const { let_go(group + 1 < kGroups ? group + 1 : 0); }
 
-  // All warps wait, and for one another: a phase of a barrier that passed unseen would be waited for for ever.
+  // All warps wait, and for one another before a place is given back: a phase of a barrier that passed unseen would be waited for for ever.
   __device__ __forceinline__ void leave_out_turns(int count) {
 #pragma unroll 1
     for (; count > 0; --count, ++turn) {
@@ -293,14 +294,14 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
   const int jobs = ((params.sweeps - 1) * params.sweep.length + params.last_sweep.length) * ((params.len_q - 1) / kBlockM + 1);
   if (threadIdx.x >= kThreads) {
     Scheduler scheduler(hopper, smem);
-    __syncthreads();  // barriers are there
+    sync_block();  // barriers are there
     keep_registers<kLoaderRegisters>();
     const int warp = threadIdx.x / 32 - kThreads / 32;
     if (warp == 0) scheduler.run(jobs);
     if (warp == 1) Loader<false>{hopper, smem}.run();
     if (warp == 2) Loader<true>{hopper, smem}.run();
   } else {
-    __syncthreads();
+    sync_block();
     take_registers<kRegisters>();
     Multiplier(hopper, smem).run();
   }

@@ -44,7 +44,7 @@ def params_dtype(accumulator: str) -> np.dtype:
 
 _READ_BY_TMA = ("q", "k", "v")
 _MAPPED = (*_READ_BY_TMA, "out")
-_ROWS_OF_A_WARP, _ROWS_OF_A_WARPGROUP = 16, 64
+_ROWS_OF_A_WARP = 16
 _UNUSED_STRIDE = 16  # of an axis that is not walked along
 
 
@@ -349,7 +349,7 @@ def mapped(
     constants, pack = dict(chosen.kernel.constants), plan.packing(chosen)
     hopper = np.zeros((), _HOPPER_PARAMS)
     hopper["params"] = filled
-    rows = {"q": _ROWS_OF_A_WARPGROUP, "k": constants["kBlockN"], "v": constants["kBlockN"]}
+    rows = {"q": plan.WARPGROUP, "k": constants["kBlockN"], "v": constants["kBlockN"]}
     if constants["kStaged"]:
         rows["out"] = _ROWS_OF_A_WARP
     for name, count in rows.items():

@@ -72,14 +72,14 @@ struct Corner {
 
 // A query tile as all warps must know it.
 struct Task {
-  KeyInterval keys;  // of no rows: there is nothing more to do
-  KeyTiles tiles;    // that any of the rows sees
-  KeyTiles seen[kGroups];  // that any of a warpgroup's rows sees
+  KeyInterval keys;       // of no rows: there is nothing more to do
+  KeyTiles tiles;         // that any of the rows sees
+  KeyTiles own[kGroups];  // that any of a warpgroup's rows sees
   int row, head, kv_head, batch[2];
 
   __device__ __forceinline__ Task(const Params& params, const BlockIndex& index)
-      : keys(params, index), tiles(keys.begin(), keys.end()), row(index.tile * kBlockM), head(index.head), kv_head(index.head) {
-    for (int group = 0; group < kGroups; ++group) seen[group] = KeyTiles(keys, group * kGroupRows, (group + 1) * kGroupRows);
+      : keys(params, index), tiles(keys, 0, kBlockM), row(index.tile * kBlockM), head(index.head), kv_head(index.head) {
+    for (int group = 0; group < kGroups; ++group) own[group] = KeyTiles(keys, group * kGroupRows, (group + 1) * kGroupRows);
     params.group.take(kv_head);
     for (int i = 0; i < 2; ++i) batch[i] = index.batch[kBatchAxes - 1 - i];
   }
@@ -113,7 +113,8 @@ struct SharedMemory {
 
   struct Barriers {
     Barrier task_full[kTasks], task_empty[kTasks], q_full[kQStages][kGroups], q_empty[kQStages][kGroups];
-    Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_raw, begun;
+    Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_raw;
+    Barrier begun;  // the first K has come; V and the second Q wait for that
   };
   static_assert(sizeof(Barriers) <= kTaskList - kBarriers && kTasks * sizeof(Task) <= kBytes - kTaskList, "both have room");
 
@@ -259,7 +260,7 @@ template <bool kIsV> struct Loader {
     if (whole) return;
     raw.wait(raw_turn++);
     clear_rows(smem.v(turn), 0, begin);
-    clear_rows(smem.v(turn), max_of(end, 0), kBlockN);
+    clear_rows(smem.v(turn), end, kBlockN);
     show_written();
     __syncwarp();  // all have cleared theirs
     if (threadIdx.x % 32 == 0) full.arrive();

@@ -385,8 +385,8 @@ def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
 
     Where rows see different numbers of keys, blocks with most work start first, in groups of heads
     whose K and V fill half of L2; otherwise a head's tiles follow one another and share its keys.
-    Where blocks go through many tiles, the group is the smallest with which they have about as
-    much to do as one another: what the blocks read at a time then comes from few heads.
+    Where blocks go through many tiles, the group is the smallest with which they have as much to
+    do as one another, or the best that was tried: what they read at a time is of few heads then.
     """
     size = BYTES[problem.dtype] * problem.len_k * (problem.head_dim + problem.head_dim_v)
     pairs, group = pairs_of_heads(problem) // packing(chosen), problem.group // packing(chosen)
@@ -398,9 +398,8 @@ def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
         return 1
     if len(costs) * pairs > MOST_FORESEEN:
         return together
-    most = min(pairs, max(together, blocks // AT_ONCE))
     found = {}
-    for heads in range(1, min(most, TRIED) + 1):
+    for heads in range(1, min(pairs, TRIED, max(together, blocks // AT_ONCE)) + 1):
         found[heads] = imbalance(costs, pairs, heads, blocks)
         if found[heads] <= EVEN:
             return heads

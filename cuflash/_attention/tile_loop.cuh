@@ -71,10 +71,8 @@ constexpr int64 kEndAligned = -(1ll << 62);
 // not exactly 1, and rounding it to 16 bits costs what only a float32 output would show.
 constexpr int kSlack = sizeof(Element) == 2 && sizeof(Output) == 4 ? 0 : 8;
 
-// Up to this size a reference, which is rounded before it is subtracted, leaves of a row's largest score what its weight can hold.
-template <typename T> constexpr double kLargestReference = 1ull << 31;
-template <> constexpr double kLargestReference<float16> = 1 << 28;
-template <> constexpr double kLargestReference<double> = 1ull << 60;
+// A reference is rounded before it is subtracted. Up to this size, by 4 at most: the weight of a score that is not behind fits 16 bits.
+constexpr Accumulator<Element> kLargestReference = sizeof(Accumulator<Element>) == 8 ? double(1ull << 56) : float(1 << 27);
 
 // The part of the output that is this block's: a tile of queries and one of kSlices slices of kHeadDimV columns.
 // Tiles that see most keys come first, and `sweep` heads advance together so that their keys stay in L2.
@@ -242,7 +240,7 @@ template <typename Products> struct Rows {
   }
 
   static __device__ __forceinline__ bool has_weights(T reference) {
-    return reference <= T(kLargestReference<Element>) && -reference <= T(kLargestReference<Element>);
+    return reference <= kLargestReference && -reference <= kLargestReference;
   }
 
   // O / d and the logarithm of the sum. A row that saw no key gives 0 and -inf.

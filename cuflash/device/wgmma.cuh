@@ -13,12 +13,16 @@ template <int kGroups> __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
-// Until all of a warpgroup have come here.
-__device__ __forceinline__ void sync_warpgroup(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+// The block's barriers, of which there are 16: 0 for all threads, and two for each of up to four warpgroups.
+constexpr int kMeeting = 1, kLine = 5;
 
+// Until all of the block have come here, on whatever way.
+__device__ __forceinline__ void sync_block() { asm volatile("bar.sync 0;" ::: "memory"); }
+// Until all of a warpgroup have come here.
+__device__ __forceinline__ void sync_warpgroup(int group) { asm volatile("bar.sync %0, 128;" ::"r"(kMeeting + group) : "memory"); }
 // Until another warpgroup has let this one go. Each waits once for each time that it is let go.
-__device__ __forceinline__ void wait_to_be_let_go(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 5) : "memory"); }
-__device__ __forceinline__ void let_go(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(group + 5) : "memory"); }
+__device__ __forceinline__ void wait_to_be_let_go(int group) { asm volatile("bar.sync %0, 256;" ::"r"(kLine + group) : "memory"); }
+__device__ __forceinline__ void let_go(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(kLine + group) : "memory"); }
 
 // A tile in shared memory in rows of 128 bytes whose 16-byte parts are swizzled, part ^ row % 8, as TMA writes it; it begins at a
 // multiple of 1024 bytes. `distance` is that of 64 columns to the next where B has columns side by side; otherwise it is ignored.

@@ -340,3 +340,41 @@ def test_an_engine_that_is_not_taken_is_an_error(bench):
     with pytest.raises(RuntimeError, match="portable engine"):
         bench.attention.with_engine(us, "portable", lambda: "forward_sm90.cu")
     assert bench.attention.with_engine(us, None, lambda: "anything") is us
+
+
+def test_who_has_streams_of_his_own_is_timed_by_his_kernels(bench, monkeypatch):
+    """Of what the profiler saw, only what ran on the device counts; seeing nothing is an error."""
+    seen = [("kernel", 30.0), ("launch", 7.0), ("memset", 2.0)]
+    waited = []
+
+    class Profile:
+        def __init__(self, activities):
+            assert activities == ["cuda"]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            assert waited, "what it started has ended"
+
+        def events(self):
+            places = {"launch": "cpu"}
+            return [
+                SimpleNamespace(device_type=places.get(name, "cuda"), device_time=microseconds)
+                for name, microseconds in seen
+            ]
+
+    profiler = SimpleNamespace(ProfilerActivity=SimpleNamespace(CUDA="cuda"), profile=Profile)
+    autograd = SimpleNamespace(DeviceType=SimpleNamespace(CUDA="cuda"))
+    monkeypatch.setitem(sys.modules, "torch.profiler", profiler)
+    monkeypatch.setitem(sys.modules, "torch.autograd", autograd)
+    stopwatch = object.__new__(bench.timing.Stopwatch)
+    stopwatch._cache = None
+    monkeypatch.setattr(stopwatch, "read", lambda x: None)
+    monkeypatch.setattr(stopwatch, "wait", lambda: None)
+    contestant = bench.timing.Contestant("JAX", lambda: "result", wait=waited.append)
+    assert stopwatch.sample(contestant) == pytest.approx(32e-6)
+    assert waited == ["result"]
+    del seen[0], seen[1]
+    with pytest.raises(RuntimeError, match="saw no kernel of JAX"):
+        stopwatch.sample(contestant)

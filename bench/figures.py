@@ -38,13 +38,22 @@ def rates(run: dict, path: Path) -> None:
     peers = dict.fromkeys(name for lines in panels.values() for name in lines)
     colors = {name: f"C{i}" for i, name in enumerate(sorted(peers))}
     colors |= {OURS: "black", CEILING: "gray"}
-    figure, axes = grid(len(panels), 4 if len(panels) % 5 else 5)
+    lengths = sorted(
+        {at for lines in panels.values() for points in lines.values() for at, _ in points}
+    )
+    highest = max(
+        rate for lines in panels.values() for points in lines.values() for _, rate in points
+    )
+    figure, axes = grid(len(panels), 6)
     for panel, (title, lines) in zip(axes, panels.items()):
         for name, points in lines.items():
             style = {"linestyle": "--"} if name == CEILING else {"marker": "."}
             style |= {"linewidth": "2"} if name == OURS else {}
             panel.plot(*zip(*sorted(points)), label=name, color=colors[name], **style)
-        panel.set(title=title, xscale="log", ylim=(0, None))
+        panel.set(title=title, ylim=(0, 1.05 * highest))
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(lengths, [f"{n >> 10}k" if n % 1024 == 0 else f"{n}" for n in lengths])
+        panel.minorticks_off()
     finish(figure, axes, path, run["over"], run["unit"])
 
 

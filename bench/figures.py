@@ -38,12 +38,8 @@ def rates(run: dict, path: Path) -> None:
     peers = dict.fromkeys(name for lines in panels.values() for name in lines)
     colors = {name: f"C{i}" for i, name in enumerate(sorted(peers))}
     colors |= {OURS: "black", CEILING: "gray"}
-    lengths = sorted(
-        {at for lines in panels.values() for points in lines.values() for at, _ in points}
-    )
-    highest = max(
-        rate for lines in panels.values() for points in lines.values() for _, rate in points
-    )
+    drawn = [point for lines in panels.values() for points in lines.values() for point in points]
+    lengths, highest = sorted({at for at, _ in drawn}), max(rate for _, rate in drawn)
     figure, axes = grid(len(panels), 6)
     for panel, (title, lines) in zip(axes, panels.items()):
         for name, points in lines.items():

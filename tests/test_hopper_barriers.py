@@ -14,8 +14,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cuflash._attention import plan
+
 WARPS = 4  # of a warpgroup
-ROWS = 64
+ROWS = plan.WARPGROUP
 TASKS = 4  # kTasks
 
 Step = Callable[[], bool] | None  # what a role waits for; None: it may go on
@@ -99,7 +101,10 @@ class Shape:
     q_stages: int
 
 
-SHAPES = (Shape(3, 128, 4, 2), Shape(2, 128, 2, 2), Shape(2, 96, 2, 1), Shape(2, 80, 2, 1))
+SHAPES = [
+    Shape(tile.queries // ROWS, tile.keys, tile.stages, tile.query_stages)
+    for _, tile in plan._HOPPER.tiles
+]
 
 
 @dataclass

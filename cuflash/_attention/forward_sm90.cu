@@ -29,8 +29,7 @@ struct SeenByAll {
 };
 
 // A warpgroup, which has 64 rows of every query tile. Of the tile's keys it leaves out those that none of its rows sees. Warpgroups start
-// their products one after another in every turn, so that each one's softmax falls into the products of others. Left alone they get into
-// step or out of it, as chance will have it, and stay so.
+// their products one after another in every turn, so that each one's softmax falls into the products of others (docs/hopper.rst).
 struct Multiplier {
   using Products = HopperProducts;
   static constexpr int kSteps = HopperRows::kSteps, kHalf = kSteps / 2;

@@ -7,9 +7,9 @@ constexpr int kGroups = kThreads / 128;  // warpgroups that multiply, each 64 ro
 constexpr int kLoaders = 128;            // threads of the warpgroup that has tiles brought, behind the others
 constexpr int kLoaderRegisters = kGroups == 3 ? 32 : 40, kRegisters = kGroups == 3 ? 160 : 232;  // of a thread: 65536 in all
 static_assert(kLoaders * kLoaderRegisters + kThreads * kRegisters <= 65536, "setmaxnreg would wait for registers that nobody gives");
-constexpr int kGroupRows = 64;           // of a warpgroup
+constexpr int kGroupRows = 64;  // of a warpgroup
+constexpr int kBox = 64;        // columns of 16 bits that TMA brings at a time: rows of 128 bytes
 static_assert(16 % kPack == 0, "a warp stores whole packs");
-constexpr int kBox = 64;                 // columns of 16 bits that TMA brings at a time: rows of 128 bytes
 
 struct HopperParams {
   TensorMap q, k, v, out;  // (column, row, head, batch, batch) -> element, but see Task::corner; out only if kStaged

@@ -389,15 +389,14 @@ def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
     do as one another, or the best that was tried: what they read at a time is of few heads then.
     """
     size = BYTES[problem.dtype] * problem.len_k * (problem.head_dim + problem.head_dim_v)
-    pairs, group = pairs_of_heads(problem) // packing(chosen), problem.group // packing(chosen)
+    pack = packing(chosen)
+    pairs, group = pairs_of_heads(problem) // pack, problem.group // pack
     together = min(pairs, max(1, gpu.l2_bytes // 2 // max(size, 1) * group))
-    if not is_hopper(chosen):
+    if not is_hopper(chosen) or query_tiles(problem, chosen) * pairs > MOST_FORESEEN:
         return 1 if problem.left is None and problem.right is None else together
     costs, blocks = tile_costs(problem, chosen), chosen.grid[0]
     if np.ptp(costs) == 0 or len(costs) * pairs <= blocks:
         return 1
-    if len(costs) * pairs > MOST_FORESEEN:
-        return together
     found = {}
     for heads in range(1, min(pairs, TRIED, max(together, blocks // AT_ONCE)) + 1):
         found[heads] = imbalance(costs, pairs, heads, blocks)
@@ -419,12 +418,12 @@ def packing(chosen: Plan) -> int:
 def tile_costs(problem: Problem, chosen: Plan) -> np.ndarray:
     """What each query tile of a head costs, from the last to the first, in key tiles."""
     constants = dict(chosen.kernel.constants)
-    queries, keys = int(constants["kBlockM"]), int(constants["kBlockN"])
-    len_q, len_k, start = problem.len_q * packing(chosen), problem.len_k, first_position(problem)
-    top = np.arange(0, len_q, queries)[::-1]
-    bottom = np.minimum(top + queries, len_q) - 1
+    queries, keys, pack = (int(constants[name]) for name in ("kBlockM", "kBlockN", "kPack"))
+    rows, len_k, start = problem.len_q * pack, problem.len_k, first_position(problem)
+    top = np.arange(0, rows, queries)[::-1]
+    bottom = np.minimum(top + queries, rows) - 1
     groups = -(-(bottom + 1 - top) // WARPGROUP) / (queries // WARPGROUP)
-    top, bottom = top // packing(chosen), bottom // packing(chosen)
+    top, bottom = top // pack, bottom // pack  # what was a row of a tile is a query now
     begin, end = np.zeros_like(top), np.full_like(top, len_k)
     if problem.left is not None:
         begin = np.clip(start + top - problem.left, 0, len_k)

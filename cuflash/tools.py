@@ -76,9 +76,8 @@ def warmup(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
         A function of cuflash, such as ``cuflash.attention``.
     *args, **kwargs
         What it will be called with. Kernels of attention depend on dtypes and head dims; on Hopper
-        also on whether TMA can read and write the arrays where they lie and, where heads share
-        keys and there are few queries, on how many of both there are. Those of the softmax family
-        depend on lengths and strides, too.
+        also on whether TMA can read and write the arrays where they lie. Those of the softmax
+        family depend on lengths and strides, too.
 
     Returns
     -------

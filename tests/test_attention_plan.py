@@ -238,10 +238,10 @@ def test_heads_that_share_keys_are_packed(
     shape = {"batch": (batch,), "len_q": len_q, "heads": heads, "kv_heads": 4}
     asked = replaced(**shape, head_dim=128, head_dim_v=128)
     chosen = plan.choose(asked, hopper, "float16")
-    assert (plan.packing(chosen), chosen.grid[0]) == (pack, tiles)
-    assert plan.packing(plan.choose(asked, hopper, "float16", packs=False)) == 1
+    assert (chosen.pack, chosen.grid[0]) == (pack, tiles)
+    assert plan.choose(asked, hopper, "float16", packs=False).pack == 1
     long = dataclasses.replace(asked, len_q=plan.FEW_QUERIES + 1)
-    assert plan.packing(plan.choose(long, hopper, "float16")) == 1
+    assert plan.choose(long, hopper, "float16").pack == 1
 
 
 @given(

@@ -36,7 +36,7 @@ def params_dtype(accumulator: str) -> np.dtype:
     divisors = [("batch_shape", _DIVISOR, BATCH_AXES)] + [
         (name, _DIVISOR) for name in ("heads", "group", "sweep", "last_sweep", "tiles_of_sweep")
     ]
-    sizes = ("sweeps", "len_q", "len_k", "head_dim", "head_dim_v")
+    sizes = ("sweeps", "len_q", "len_k", "head_dim", "head_dim_v", "pack_shift")
     sized = [(name, "i4") for name in sizes]
     fields = [*arrays_, *per_batch, *integers, *factors, *divisors, *sized]
     return np.dtype(fields, align=True)
@@ -108,7 +108,9 @@ def plans(problem: Problem, operands: Operands) -> list[Plan]:
     return [planned(problem, operands, operands)[1]] * math.prod(shape[:-BATCH_AXES])
 
 
-def planned(problem: Problem, operands: Operands, ready: Operands) -> tuple[Problem, Plan]:
+def planned(
+    problem: Problem, operands: Operands, ready: Operands
+) -> tuple[Problem, plan.AttentionPlan]:
     """The part of a problem that is one launch, and its plan.
 
     `ready` are the operands as the kernel will see them, or as they are where nobody will launch.
@@ -297,7 +299,7 @@ def collapse(operands: Operands) -> tuple[tuple[int, ...], dict[str, tuple[int, 
 
 def params(
     problem: Problem,
-    chosen: Plan,
+    chosen: plan.AttentionPlan,
     operands: Operands,
     strides: dict[str, tuple[int, ...]],
     index: tuple[int, ...],
@@ -322,10 +324,8 @@ def params(
     filled["left"] = UNBOUNDED if problem.left is None else problem.left
     filled["right"] = UNBOUNDED if problem.right is None else problem.right
     filled["scale_log2"], filled["factor"] = folded(problem.scale, filled["factor"].dtype)
-    pack, sweep = plan.packing(chosen), plan.sweep(problem, gpus.current(), chosen)
+    pack, sweep = chosen.pack, plan.sweep(problem, gpus.current(), chosen)
     pairs, tiles = plan.pairs_of_heads(problem) // pack, plan.query_tiles(problem, chosen)
-    for name in ("q", "out", "lse"):
-        filled[name]["head"] *= pack
     filled["batch_shape"] = [divisor(length) for length in problem.batch]
     filled["heads"], filled["group"] = (
         divisor(heads // pack) for heads in (problem.heads, problem.group)
@@ -335,18 +335,19 @@ def params(
     filled["last_sweep"] = divisor(pairs - (sweeps - 1) * sweep)
     filled["len_q"], filled["len_k"] = problem.len_q * pack, problem.len_k
     filled["head_dim"], filled["head_dim_v"] = problem.head_dim, problem.head_dim_v
+    filled["pack_shift"] = pack.bit_length() - 1
     return filled
 
 
 def mapped(
     problem: Problem,
-    chosen: Plan,
+    chosen: plan.AttentionPlan,
     operands: Operands,
     strides: dict[str, tuple[int, ...]],
     filled: np.ndarray,
 ) -> np.ndarray:
     """The argument of forward_sm90.cu, from what the other kernels take."""
-    constants, pack = dict(chosen.kernel.constants), plan.packing(chosen)
+    constants, pack = dict(chosen.kernel.constants), chosen.pack
     hopper = np.zeros((), _HOPPER_PARAMS)
     hopper["params"] = filled
     rows = {"q": plan.WARPGROUP, "k": constants["kBlockN"], "v": constants["kBlockN"]}

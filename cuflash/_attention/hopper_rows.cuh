@@ -194,7 +194,7 @@ struct HopperRows : Rows<HopperProducts> {
 
   __device__ __forceinline__ void store(const Params& params, const Task& task) const {
     const bool whole = params.head_dim_v >= kHeadDimV;
-    const uint64 strides = params.out.row | (kPack > 1 ? params.out.head / kPack : 0);
+    const uint64 strides = params.out.row | (params.pack_shift > 0 ? params.out.head : 0);
     const uint64 alignment = reinterpret_cast<uint64>(task.row_of(params.out, 0)) | strides * sizeof(Output);
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {

@@ -9,7 +9,6 @@ constexpr int kLoaderRegisters = kGroups == 3 ? 32 : 40, kRegisters = kGroups ==
 static_assert(kLoaders * kLoaderRegisters + kThreads * kRegisters <= 65536, "setmaxnreg would wait for registers that nobody gives");
 constexpr int kGroupRows = 64;  // of a warpgroup
 constexpr int kBox = 64;        // columns of 16 bits that TMA brings at a time: rows of 128 bytes
-static_assert(16 % kPack == 0, "a warp stores whole packs");
 
 struct HopperParams {
   TensorMap q, k, v, out;  // (column, row, head, batch, batch) -> element, but see Task::corner; out only if kStaged
@@ -84,20 +83,25 @@ struct Task {
     for (int i = 0; i < 2; ++i) batch[i] = index.batch[kBatchAxes - 1 - i];
   }
 
-  // The tile's row i of an array: the batch has two axes at most. The rows of packed heads alternate.
+  // What the tile's row i is of.
+  __device__ __forceinline__ int row_in_head(int i) const { return row + i >> keys.pack_shift; }
+  __device__ __forceinline__ int head_of(int i) const {
+    return head << keys.pack_shift | row + i & (1 << keys.pack_shift) - 1;
+  }
+
+  // The tile's row i of an array: the batch has two axes at most.
   template <typename T> __device__ __forceinline__ T* row_of(const Strided<T>& array, int i) const {
     const int64 of_batch = batch[0] * array.batch[kBatchAxes - 1] + batch[1] * array.batch[kBatchAxes - 2];
-    const int64 of_row = (row + i) / kPack * array.row + (row + i) % kPack * (array.head / kPack);
-    return array.data + of_batch + head * array.head + of_row;
+    return array.data + of_batch + head_of(i) * array.head + row_in_head(i) * array.row;
   }
 
   // Where they are for the copy engine: of packed heads, the map is (column, head of the pack, row, pack, batch) -> element.
   template <typename T> __device__ __forceinline__ Corner corner(const Strided<T>& array, int i) const {
     Corner corner(array, row + i, head, batch);
-    if (kPack > 1) {
+    if (keys.pack_shift > 0) {
       corner.at[3] = corner.at[2];
       corner.at[2] = corner.at[1];
-      corner.at[1] = corner.at[0] / kPack;
+      corner.at[1] = corner.at[0] >> keys.pack_shift;
       corner.at[0] = 0;
     }
     return corner;

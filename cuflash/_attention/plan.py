@@ -22,6 +22,19 @@ _DMMA_ARCHS = (80, 90, 100)
 
 
 @dataclass(frozen=True)
+class AttentionPlan(Plan):
+    """A launch of attention.
+
+    Parameters
+    ----------
+    pack : int
+        Query heads that share keys and whose rows alternate in a query tile.
+    """
+
+    pack: int = 1
+
+
+@dataclass(frozen=True)
 class Tile:
     """How a thread block is cut.
 
@@ -200,7 +213,7 @@ def choose(
     obstacle: str | None = None,
     stored_by_tma: bool = True,
     packs: bool = True,
-) -> Plan:
+) -> AttentionPlan:
     """Plan one launch.
 
     Parameters
@@ -314,7 +327,7 @@ def plan(
     places: int | None = None,
     staged: bool = False,
     pack: int = 1,
-) -> Plan:
+) -> AttentionPlan:
     """Spell out a chosen tile as a launch, of as many blocks at most as there are places."""
     d, d_v = head_dims(engine, problem, tile)
     slices = -(-problem.head_dim_v // d_v)
@@ -334,7 +347,6 @@ def plan(
         "kSlices": slices,
         "kBlockM": tile.queries,
         "kBlockN": tile.keys,
-        "kPack": pack,
         "kThreads": 32 * tile.warps,
         "kStages": tile.stages,
         "kMinBlocks": tile.blocks,
@@ -343,7 +355,7 @@ def plan(
     if engine.persistent:
         constants |= {"kQStages": tile.query_stages, "kStaged": staged}
         constants["kWeightsFirst"] = d_v <= WEIGHTS_FIRST
-    return Plan(
+    return AttentionPlan(
         kernel=Kernel(
             engine.file,
             "attention_forward",
@@ -357,6 +369,7 @@ def plan(
         operations=2 * (problem.head_dim + problem.head_dim_v) * visible(problem) * pairs,
         why=why,
         copies=copies,
+        pack=pack,
     )
 
 
@@ -380,7 +393,7 @@ def merge(dtype: str, output: str, shape: tuple[int, ...], copies: tuple[str, ..
 
 
 @functools.lru_cache(maxsize=4096)
-def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
+def sweep(problem: Problem, gpu: Gpu, chosen: AttentionPlan) -> int:
     """How many (batch, head) pairs advance through their query tiles together, packed heads as one.
 
     Where rows see different numbers of keys, blocks with most work start first, in groups of heads
@@ -389,8 +402,7 @@ def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
     do as one another, or the best that was tried: what they read at a time is of few heads then.
     """
     size = BYTES[problem.dtype] * problem.len_k * (problem.head_dim + problem.head_dim_v)
-    pack = packing(chosen)
-    pairs, group = pairs_of_heads(problem) // pack, problem.group // pack
+    pairs, group = pairs_of_heads(problem) // chosen.pack, problem.group // chosen.pack
     together = min(pairs, max(1, gpu.l2_bytes // 2 // max(size, 1) * group))
     if not is_hopper(chosen) or query_tiles(problem, chosen) * pairs > MOST_FORESEEN:
         return 1 if problem.left is None and problem.right is None else together
@@ -405,20 +417,15 @@ def sweep(problem: Problem, gpu: Gpu, chosen: Plan) -> int:
     return min(found, key=lambda heads: round(found[heads], 2))
 
 
-def query_tiles(problem: Problem, chosen: Plan) -> int:
+def query_tiles(problem: Problem, chosen: AttentionPlan) -> int:
     """Query tiles of one head, or of one pack of them."""
-    return -(-problem.len_q * packing(chosen) // int(dict(chosen.kernel.constants)["kBlockM"]))
+    return -(-problem.len_q * chosen.pack // int(dict(chosen.kernel.constants)["kBlockM"]))
 
 
-def packing(chosen: Plan) -> int:
-    """Heads whose rows alternate in a query tile."""
-    return int(dict(chosen.kernel.constants)["kPack"])
-
-
-def tile_costs(problem: Problem, chosen: Plan) -> np.ndarray:
+def tile_costs(problem: Problem, chosen: AttentionPlan) -> np.ndarray:
     """What each query tile of a head costs, from the last to the first, in key tiles."""
     constants = dict(chosen.kernel.constants)
-    queries, keys, pack = (int(constants[name]) for name in ("kBlockM", "kBlockN", "kPack"))
+    queries, keys, pack = int(constants["kBlockM"]), int(constants["kBlockN"]), chosen.pack
     rows, len_k, start = problem.len_q * pack, problem.len_k, first_position(problem)
     top = np.arange(0, rows, queries)[::-1]
     bottom = np.minimum(top + queries, rows) - 1

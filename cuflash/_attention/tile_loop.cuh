@@ -13,7 +13,7 @@
 //   QTile, KTile, VTile                   how the operands lie in shared memory
 //   row(r), key(c), output(c)             the place of a thread's element in the block's tiles
 //   scores(s, q, k), weigh(o, s, v)       S += Q K^T and O += P V
-// and expects, as constants: Element, Output, kHeadDim, kHeadDimV, kSlices, kBlockM, kBlockN, kPack, kThreads, kStages.
+// and expects, as constants: Element, Output, kHeadDim, kHeadDimV, kSlices, kBlockM, kBlockN, kThreads, kStages.
 #include "device/online_softmax.cuh"
 #include "device/shared_tile.cuh"
 
@@ -62,7 +62,8 @@ struct Params {
   Divisor sweep, last_sweep;           // (batch, head) pairs that advance through the query tiles together, and what is left for the last
   Divisor tiles_of_sweep;              // query tiles times sweep
   int sweeps;
-  int len_q, len_k, head_dim, head_dim_v;  // kPack query heads that share keys count as one, with rows for all of them
+  int len_q, len_k, head_dim, head_dim_v;
+  int pack_shift;  // 2^pack_shift query heads that share keys count as one in `heads`, `group` and `len_q`: their rows alternate
 };
 
 constexpr int64 kEndAligned = -(1ll << 62);
@@ -120,14 +121,15 @@ __device__ __forceinline__ int clamp(int64 x, int64 low, int64 high) {
 enum class Place { kOutside, kBorder, kInside };
 
 // The keys of a block's query rows. Causal, window, q_start and lengths are one thing: the block's row i may see the keys [begin(i), end(i)).
-// Of packed heads, each kPack rows stand at one place.
+// The rows of packed heads that alternate stand at one place.
 struct KeyInterval {
   int first, last;  // begin and end of row 0 before clamping to [0, length)
   int length;
   int rows;  // rows of the block that exist
+  int pack_shift;
 
-  __device__ __forceinline__ KeyInterval(const Params& params, const BlockIndex& index) {
-    const int len_q = params.len_q / kPack, len_k = params.len_k, top = index.tile * (kBlockM / kPack);
+  __device__ __forceinline__ KeyInterval(const Params& params, const BlockIndex& index) : pack_shift(params.pack_shift) {
+    const int len_q = params.len_q >> pack_shift, len_k = params.len_k, top = index.tile * kBlockM >> pack_shift;
     length = clamp(index.value_of(params.kv_lengths, len_k), 0, len_k);  // never trusted
     int64 start = index.value_of(params.q_starts, params.q_start);
     if (params.q_starts.bytes == 0 && params.q_start == kEndAligned) start = length - len_q;
@@ -136,8 +138,8 @@ struct KeyInterval {
     last = top + clamp(start + params.right + 1, -len_q, len_k);
     rows = min_of(kBlockM, params.len_q - index.tile * kBlockM);
   }
-  __device__ __forceinline__ int begin(int row) const { return max_of(first + row / kPack, 0); }
-  __device__ __forceinline__ int end(int row) const { return max_of(min_of(last + row / kPack, length), 0); }
+  __device__ __forceinline__ int begin(int row) const { return max_of(first + (row >> pack_shift), 0); }
+  __device__ __forceinline__ int end(int row) const { return max_of(min_of(last + (row >> pack_shift), length), 0); }
 
   // The keys that any of the block's rows may see.
   __device__ __forceinline__ int begin() const { return begin(recomputed(0)); }

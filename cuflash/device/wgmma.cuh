@@ -21,8 +21,9 @@ __device__ __forceinline__ void sync_block() { asm volatile("bar.sync 0;" ::: "m
 // Until all of a warpgroup have come here.
 __device__ __forceinline__ void sync_warpgroup(int group) { asm volatile("bar.sync %0, 128;" ::"r"(kMeeting + group) : "memory"); }
 // Until another warpgroup has let this one go. Each waits once for each time that it is let go.
-__device__ __forceinline__ void wait_to_be_let_go(int group) { asm volatile("bar.sync %0, 256;" ::"r"(kLine + group) : "memory"); }
-__device__ __forceinline__ void let_go(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(kLine + group) : "memory"); }
+__device__ __forceinline__ int place_in_line(int group) { return kLine + recomputed(group); }
+__device__ __forceinline__ void wait_to_be_let_go(int group) { asm volatile("bar.sync %0, 256;" ::"r"(place_in_line(group)) : "memory"); }
+__device__ __forceinline__ void let_go(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(place_in_line(group)) : "memory"); }
 
 // A tile in shared memory in rows of 128 bytes whose 16-byte parts are swizzled, part ^ row % 8, as TMA writes it; it begins at a
 // multiple of 1024 bytes. `distance` is that of 64 columns to the next where B has columns side by side; otherwise it is ignored.

@@ -13,6 +13,8 @@ from ..jit import repeat
 from ..jit.launch import Plan, Recording
 from . import check
 from .problem import Operands, Problem, sum_dtype
+from .variants import bind
+from .variants.variant import Variant
 
 
 class AttentionResult(NamedTuple):
@@ -39,6 +41,12 @@ def attention(
     window: int | tuple[int | None, int | None] | None = None,
     q_start: Any = None,
     kv_lengths: Any = None,
+    softcap: float | None = None,
+    alibi: Any = None,
+    bias: Any = None,
+    mask: Any = None,
+    sinks: Any = None,
+    variant: Variant | None = None,
     precision: str | None = None,
     return_lse: bool = False,
     out: Any = None,
@@ -72,9 +80,24 @@ def attention(
         The key position of the first query: one, or one per batch entry, broadcasting to the
         batch axes. By default the queries are the last rows, ``len_k - len_q``, or with
         ``kv_lengths`` (per batch entry) ``kv_lengths - len_q``; 0 gives the top-left triangle.
-        It matters only with ``causal`` or ``window``.
+        It matters only with ``causal``, ``window``, ``alibi`` or a ``variant`` that names ``i``.
     kv_lengths : int or integer array, optional
         How many keys there are, broadcasting to the batch axes: keys at or past it are absent.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)``: below it in size.
+    alibi : array of shape (..., heads), optional
+        Slopes: ``alibi[h] * abs(i + q_start - j)`` is taken off a score [2]_. It broadcasts to the
+        batch axes and heads; float16, bfloat16, float32 or float64, as the two below.
+    bias : array of shape (..., heads, len_q, len_k), optional
+        What is added to scores. It broadcasts along any axis, as `mask` does, and is read in place,
+        whatever its strides.
+    mask : array of bool, shape (..., heads, len_q, len_k), optional
+        True where a query sees a key.
+    sinks : array of shape (..., heads), optional
+        A score without a key, which only the sum of exponentials counts, and lse with it.
+    variant : Variant, optional
+        Scores and masks of your own. Scores are scaled, capped, biased by `alibi` and then by
+        `bias`, and go to the variant; what a mask or a bound hides is -inf after that.
     precision : {None, "tf32"}
         "tf32" allows float32 products on the tensor cores in TF32, which keeps 10 bits; it
         changes nothing in NumPy.
@@ -117,6 +140,8 @@ def attention(
     ----------
     .. [1] T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work
        Partitioning", 2023, arXiv:2307.08691.
+    .. [2] O. Press, N. Smith, M. Lewis, "Train Short, Test Long: Attention with Linear Biases
+       Enables Input Length Extrapolation", 2022, arXiv:2108.12409.
 
     Examples
     --------
@@ -145,8 +170,11 @@ def attention(
     >>> cuflash.attention(*[x.swapaxes(-2, -3)] * 3).shape
     (2, 4, 5, 16)
     """
-    options = (scale, causal, window, q_start, kv_lengths, precision, return_lse)
-    key, answers = repeat.again("attention", (q, k, v), options) if out is None else (None, None)
+    options = (scale, causal, window, q_start, kv_lengths, precision, return_lse, softcap)
+    inputs: tuple[Any, ...] = (q, k, v)
+    if not (alibi is bias is mask is sinks is variant is None):
+        inputs, options = _with_variants(inputs, options, (alibi, bias, mask, sinks), variant)
+    key, answers = repeat.again("attention", inputs, options) if out is None else (None, None)
     if answers is not None:
         return AttentionResult(*answers) if return_lse else answers[0]
     caller, problem, operands = prepare(
@@ -158,6 +186,12 @@ def attention(
         window=window,
         q_start=q_start,
         kv_lengths=kv_lengths,
+        softcap=softcap,
+        alibi=alibi,
+        bias=bias,
+        mask=mask,
+        sinks=sinks,
+        variant=variant,
         precision=precision,
         return_lse=return_lse,
         out=out,
@@ -165,7 +199,7 @@ def attention(
     with caller, Recording() as made:
         result, lse = allocate(caller, problem, operands)
         _backend(caller).forward(problem, operands)
-    repeat.remember(key, made, (q, k, v), (result,) if lse is None else (result, lse))
+    repeat.remember(key, made, inputs, (result,) if lse is None else (result, lse))
     if not problem.return_lse:
         return caller.give(result)
     return AttentionResult(caller.give(result), caller.give(lse))
@@ -238,6 +272,12 @@ def prepare(
     window: int | tuple[int | None, int | None] | None = None,
     q_start: Any = None,
     kv_lengths: Any = None,
+    softcap: float | None = None,
+    alibi: Any = None,
+    bias: Any = None,
+    mask: Any = None,
+    sinks: Any = None,
+    variant: Variant | None = None,
     precision: str | None = None,
     return_lse: bool = False,
     out: Any = None,
@@ -245,20 +285,30 @@ def prepare(
     """Check attention's arguments and say what is to be done, without doing any of it."""
     causal, return_lse = check.flag("causal", causal), check.flag("return_lse", return_lse)
     left, right = check.window_sides(window)
+    asked = bind.asked(softcap, variant, alibi=alibi, bias=bias, mask=mask, sinks=sinks)
     start, starts = check.int_or_array("q_start", q_start)
     length, lengths = check.int_or_array("kv_lengths", kv_lengths)
     outputs = check.named_outputs(out, both=return_lse)
     caller, native = arrays.take(
-        {"q": q, "k": k, "v": v, "q_start": starts, "kv_lengths": lengths, **outputs},
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "q_start": starts,
+            "kv_lengths": lengths,
+            **asked.named_arrays,
+            **outputs,
+        },
         outputs=tuple(outputs),
     )
     dtype = check.common_dtype(native, ("q", "k", "v"))
     operands = check.inputs(native)
     check.integers(caller, operands, start, length)
+    program, operands.values = bind.bind(asked, native, operands)
     if length is not None:
         operands.k, operands.v = operands.k[..., :length, :], operands.v[..., :length, :]
     left, right = check.useful_sides(operands, start, left, 0 if causal else right)
-    if left is None and right is None:
+    if left is None and right is None and not program.steps:
         start = operands.q_start = None
     *batch, heads, len_q, head_dim = operands.q.shape
     kv_heads, len_k, head_dim_v = operands.v.shape[-3:]
@@ -279,10 +329,22 @@ def prepare(
         kv_lengths_array=operands.kv_lengths is not None,
         precision=check.precision(precision, dtype),
         return_lse=return_lse,
+        variant=program,
     )
     shape = problem.out_shape[operands.one_head :]
     operands.given = check.given_outputs(native, outputs, shape, dtype)
     return caller, problem, operands
+
+
+def _with_variants(
+    inputs: tuple[Any, ...], options: tuple[Any, ...], given: tuple[Any, ...], variant: Any
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """A call's arrays and what else it is known by, those of variants among them."""
+    present = tuple(array is not None for array in given)
+    inputs += tuple(array for array in given if array is not None)
+    if isinstance(variant, Variant):
+        return (*inputs, *variant.arrays), (*options, present, variant.key)
+    return inputs, (*options, present, variant)
 
 
 def allocate(caller: arrays.Caller, problem: Problem, operands: Operands) -> tuple[Any, Any]:

@@ -69,11 +69,54 @@ class Rows:
         self.o += p.astype(dtype_p, copy=False).astype(self.o.dtype, copy=False) @ v
         self.m = m
 
+    def take_sink(self, sink: np.ndarray) -> None:
+        """Take in a score without a key: only the sum counts it."""
+        m = np.maximum(self.m, sink)
+        base = np.where(m == -np.inf, 0, m)
+        alpha = np.exp(self.m - base)
+        self.d = self.d * alpha + np.exp(sink - base)
+        self.o *= alpha[..., None]
+        self.m = m
+
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
         """Return out = o / d and lse = m + log d; a row that saw nothing ends with 0 and -inf."""
         seen = self.d != 0
         out = np.divide(self.o, self.d[..., None], out=np.zeros_like(self.o), where=seen[..., None])
         return out, self.m + np.log(self.d)
+
+
+class Variation:
+    """What the variants of a call make of the scores of one batch entry."""
+
+    def __init__(self, problem: Problem, operands: Operands, batch: tuple[int, ...]) -> None:
+        self.program, self.dtype = problem.variant, np.dtype(problem.lse_dtype)
+        self.values = [
+            value[batch] if kind.axes and value.ndim > kind.axes else value
+            for kind, value in zip(self.program.slots, operands.values)
+        ]
+        entry = 0
+        for index, length in zip(batch, problem.batch):
+            entry = entry * length + index
+        self.places: dict[str, Any] = {"b": entry, "len_q": problem.len_q}
+
+    def rows(self, heads: np.ndarray, sight: Sight, rows: np.ndarray) -> dict[str, Any]:
+        """Where rows [heads, rows, 1] stand."""
+        row = rows[:, None]
+        more = {"h": heads, "row": row, "i": row + sight.start, "len_k": sight.length}
+        return self.places | more
+
+    def scores(self, s: np.ndarray, places: dict[str, Any], keys: np.ndarray) -> np.ndarray:
+        """Return what becomes of the scores s [..., rows, keys]."""
+        places = {**places, "j": keys, "score": s}
+        if self.program.has_score:
+            s = self.program.score(places, self.values, self.dtype)
+        if self.program.has_mask:
+            s = np.where(self.program.mask(places, self.values, self.dtype), s, -np.inf)
+        return np.broadcast_to(s.astype(self.dtype, copy=False), places["score"].shape).copy()
+
+    def sink(self, places: dict[str, Any]) -> np.ndarray:
+        """Return the sink of each row [..., rows]."""
+        return self.program.sink(places, self.values, self.dtype)[..., 0]
 
 
 def forward(
@@ -83,10 +126,13 @@ def forward(
     with np.errstate(all="ignore"):
         for batch in np.ndindex(problem.batch):
             sight = _sight(problem, operands, batch)
+            variation = Variation(problem, operands, batch)
             for heads, kv_heads in _steps(problem, tile_q * tile_k):
                 _forward_heads(
                     problem,
                     sight,
+                    variation,
+                    np.arange(problem.heads)[heads],
                     operands.q[batch][heads],
                     operands.k[batch][kv_heads],
                     operands.v[batch][kv_heads],
@@ -119,6 +165,8 @@ def _steps(problem: Problem, tile: int) -> Iterator[tuple[slice, slice]]:
 def _forward_heads(
     problem: Problem,
     sight: Sight,
+    variation: Variation,
+    heads: np.ndarray,  # the query heads' numbers
     q: np.ndarray,  # [heads, len_q, head_dim]
     k: np.ndarray,  # [kv_heads, len_k, head_dim]
     v: np.ndarray,  # [kv_heads, len_k, head_dim_v]
@@ -140,6 +188,7 @@ def _forward_heads(
         q_tile = np.ascontiguousarray(q[:, tile], exact)
         q_tile = q_tile.reshape(kv_heads, group, rows.size, problem.head_dim)
         state = Rows(q_tile.shape[:-1], problem.head_dim_v, exact)
+        places = variation.rows(heads.reshape(kv_heads, group, 1, 1), sight, rows)
 
         # Between the first row's first key and the last row's last one, each key is seen by some
         # row: nothing else is ever read, so what lies there (NaN, perhaps) cannot leak through V.
@@ -148,10 +197,14 @@ def _forward_heads(
             keys = np.arange(j, min(j + tile_k, last))
             s = q_tile @ k[..., keys[0] : keys[-1] + 1]
             s *= problem.scale
+            if problem.variant.steps:
+                s = variation.scores(s, places, keys)
             if not sight.all_of(rows, keys):
                 np.copyto(s, -np.inf, where=~sight.mask(rows, keys))
             state.update(s, v[:, :, keys[0] : keys[-1] + 1], q.dtype)
 
+        if problem.variant.has_sink:
+            state.take_sink(variation.sink(places))
         out_tile, lse_tile = state.finish()
         out[:, tile] = out_tile.reshape(out[:, tile].shape)
         if lse is not None:

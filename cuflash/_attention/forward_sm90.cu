@@ -62,10 +62,10 @@ struct Multiplier {
       look_at_keys();
       products_wait<0>();
       have_scores(0);
-      rows.begin(params.scale_log2);
+      rows.begin(rows.scale_of(params));
       float sums[Products::kRows][2] = {};
-      rows.make_weights<0, kSteps>(params.scale_log2, sums);
-      rows.catch_up<true>(params.scale_log2, sums);
+      rows.make_weights<0, kSteps>(rows.scale_of(params), sums);
+      rows.catch_up<true>(rows.scale_of(params), sums);
 #pragma unroll 1
       while (go_through_task()) {}
     }
@@ -123,7 +123,7 @@ struct Multiplier {
       rows.close(params, task, inverse);
       products_wait<1>();
       have_scores(0);
-      rows.begin(params.scale_log2);
+      rows.begin(rows.scale_of(params));
       make_weights<true>(last);
     } else {
       start_outputs(last, count > 1, [] {});
@@ -205,9 +205,13 @@ struct Multiplier {
     Products::Scores::settle(rows.s);
     release_k(turn);
     if (i + 1 == tiles.count) release_q();
-    const bool masked = !seen.has_tile(key);
-    if (seldom(masked || params.factor != 1)) {
-      if (params.factor != 1) rows.multiply_scores(params.factor);
+    if (Variant::kHasScore || Variant::kHasMask) {
+      const Task& task = smem.known_task(q_turn);
+      rows.vary(params.variant, key, [&](int row) { return task.coordinates(params, row); });
+    }
+    const bool masked = !seen.has_tile(key), turned = !Variant::kHasScore && params.factor != 1;
+    if (seldom(masked || turned)) {
+      if (turned) rows.multiply_scores(params.factor);
       if (masked) rows.mask(smem.known_task(q_turn).keys, key);
     }
   }
@@ -239,16 +243,16 @@ struct Multiplier {
 
   // P of the newest turn, while the product of the turn before is under way: half of the weights wait until that has read the P before.
   template <bool kFirstOfTask> __device__ __forceinline__ void make_weights(uint32 before) {
-    if (!HopperRows::kLooksAfterwards && !kFirstOfTask) rows.follow(params.scale_log2, [&] { have_outputs(); });
+    if (!HopperRows::kLooksAfterwards && !kFirstOfTask) rows.follow(rows.scale_of(params), [&] { have_outputs(); });
     float sums[Products::kRows][2] = {};
     float half[Products::kRows][4 * kHalf];
-    rows.exponentiate<0, kHalf>(params.scale_log2, half, sums);
+    rows.exponentiate<0, kHalf>(rows.scale_of(params), half, sums);
     stay_here(sums[0][0] + sums[1][0]);
     have_outputs();
     release_v(before);
     rows.pair_up<0, kHalf>(half);
-    rows.make_weights<kHalf, kSteps>(params.scale_log2, sums);
-    rows.catch_up<kFirstOfTask>(params.scale_log2, sums);
+    rows.make_weights<kHalf, kSteps>(rows.scale_of(params), sums);
+    rows.catch_up<kFirstOfTask>(rows.scale_of(params), sums);
   }
 
   // Keeps the compiler from waiting before it has computed this: for a store that never happens, sums not being negative.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,8 @@ from ..jit import gpu as gpus
 from ..jit.launch import Plan, launch
 from ..jit.strides import fold
 from . import plan, tensor_maps
-from .problem import Operands, Problem, sum_dtype
+from .problem import PLAIN, Operands, Problem, sum_dtype
+from .variants.program import Program
 
 BATCH_AXES = 4  # kBatchAxes
 END_ALIGNED = -(1 << 62)  # kEndAligned
@@ -27,19 +29,31 @@ _DIVISOR = np.dtype([("length", "u4"), ("magic", "u4"), ("shift", "u4")])
 _PER_BATCH = np.dtype([("data", "u8"), ("batch", "i8", BATCH_AXES), ("bytes", "i8")])
 
 
-def params_dtype(accumulator: str) -> np.dtype:
+@functools.lru_cache(maxsize=1024)
+def params_dtype(accumulator: str, variant: Program = PLAIN) -> np.dtype:
     """The struct Params of tile_loop.cuh."""
     arrays_ = [(name, _STRIDED) for name in ("q", "k", "v", "out", "lse")]
     per_batch = [(name, _PER_BATCH) for name in ("q_starts", "kv_lengths")]
     integers = [(name, "i8") for name in ("q_start", "left", "right")]
-    factors = [(name, accumulator) for name in ("scale_log2", "factor")]
+    factors = [(name, accumulator) for name in ("scale_log2", "factor", "scale")]
     divisors = [("batch_shape", _DIVISOR, BATCH_AXES)] + [
         (name, _DIVISOR) for name in ("heads", "group", "sweep", "last_sweep", "tiles_of_sweep")
     ]
     sizes = ("sweeps", "len_q", "len_k", "head_dim", "head_dim_v", "pack_shift")
     sized = [(name, "i4") for name in sizes]
     fields = [*arrays_, *per_batch, *integers, *factors, *divisors, *sized]
-    return np.dtype(fields, align=True)
+    return np.dtype([*fields, ("variant", variant_dtype(accumulator, variant))], align=True)
+
+
+def variant_dtype(accumulator: str, variant: Program) -> np.dtype:
+    """The struct Variant that variants/cuda.py writes."""
+    numbers = {"float": accumulator, "int": "i4", "bool": "?"}
+    fields: list[Any] = []
+    for number, kind in enumerate(variant.slots):
+        along = [("strides", "i8", (kind.axes,)), ("lengths", "i4", (kind.axes + kind.axes % 2,))]
+        array = np.dtype([("data", "u8"), ("batch", "i8", BATCH_AXES), *along], align=True)
+        fields.append((f"p{number}", array if kind.axes else numbers[kind.type]))
+    return np.dtype([*fields, ("entries", "i8", BATCH_AXES), ("first", "i8")], align=True)
 
 
 _READ_BY_TMA = ("q", "k", "v")
@@ -48,9 +62,10 @@ _ROWS_OF_A_WARP = 16
 _UNUSED_STRIDE = 16  # of an axis that is not walked along
 
 
-def hopper_dtype() -> np.dtype:
+@functools.lru_cache(maxsize=1024)
+def hopper_dtype(variant: Program = PLAIN) -> np.dtype:
     """The struct HopperParams of forward_sm90.cu, whose size is a multiple of its alignment."""
-    params = params_dtype("float32")
+    params = params_dtype("float32", variant)
     begin = len(_MAPPED) * tensor_maps.MAP.itemsize
     return np.dtype(
         {
@@ -82,15 +97,14 @@ _MERGE = np.dtype(  # the struct Params of combine.cu
 )
 _PER_BATCH_NAMES = ("q_start", "kv_lengths")
 _WORDS = (np.int32, np.int64)  # that kernels read
-_PARAMS = {name: params_dtype(name) for name in ("float32", "float64")}
-_HOPPER_PARAMS = hopper_dtype()
 
 
 def forward(problem: Problem, operands: Operands) -> None:
     """Fill ``operands.out`` and ``operands.lse``, on CuPy's current device and stream."""
     ready = in_place(operands)
-    shape, strides = collapse(ready)
+    shape, strides = collapse(ready, problem.variant)
     problem, chosen = planned(problem, operands, ready)
+    chosen = chosen.settled()
     if 0 in chosen.grid:
         return
     for index in np.ndindex(shape[:-BATCH_AXES]):  # more than one only where axes do not collapse
@@ -104,7 +118,7 @@ def plans(problem: Problem, operands: Operands) -> list[Plan]:
     """The launches of `forward`, without launching."""
     given = (x[None] if operands.one_head and x is not None else x for x in operands.given)
     operands = replace(operands, **dict(zip(("out", "lse"), given)))
-    shape, _ = collapse(operands)
+    shape, _ = collapse(operands, problem.variant)
     return [planned(problem, operands, operands)[1]] * math.prod(shape[:-BATCH_AXES])
 
 
@@ -116,7 +130,7 @@ def planned(
     `ready` are the operands as the kernel will see them, or as they are where nobody will launch.
     """
     out = operands.q if operands.given[0] is None else operands.given[0]
-    shape, strides = collapse(ready)
+    shape, strides = collapse(ready, problem.variant)
     problem = replace(problem, batch=shape[-BATCH_AXES:])
     output, gpu = arrays.dtype_name(out.dtype), gpus.current()
     if not plan.uses_hopper(problem, gpu):
@@ -280,21 +294,35 @@ def words(lengths: cp.ndarray) -> cp.ndarray:
     return lengths.astype(np.int64)
 
 
-def collapse(operands: Operands) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+def collapse(
+    operands: Operands, variant: Program = PLAIN
+) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
     """Join the batch axes that every operand walks over in one stride.
 
     Returns the batch shape, at least BATCH_AXES axes long, and each operand's strides in elements.
     """
-    present = {name: array for name, array in vars(operands).items() if hasattr(array, "strides")}
     batch = operands.q.shape[:-3]
-    walks = [
-        [stride // array.itemsize for stride in array.strides[: len(batch)]]
-        for array in present.values()
-    ]
-    sizes, folded = fold(batch, walks, range(len(batch)))
+    present = {name: array for name, array in vars(operands).items() if hasattr(array, "strides")}
+    present |= walked(variant, operands)
+    walks = {
+        name: [stride // array.itemsize for stride in array.strides[: len(batch)]]
+        for name, array in present.items()
+    }
+    if variant.names_entries:
+        walks["b"] = [math.prod(batch[axis + 1 :]) for axis in range(len(batch))]
+    sizes, folded = fold(batch, list(walks.values()), range(len(batch)))
     missing = BATCH_AXES - len(sizes)
-    strides = {name: (*[0] * missing, *walk) for name, walk in zip(present, folded)}
+    strides = {name: (*[0] * missing, *walk) for name, walk in zip(walks, folded)}
     return (*[1] * missing, *sizes), strides
+
+
+def walked(variant: Program, operands: Operands) -> dict[str, Any]:
+    """The variant's arrays that have the batch axes, by the names of their slots."""
+    return {
+        f"p{number}": value
+        for number, (kind, value) in enumerate(zip(variant.slots, operands.values))
+        if kind.axes and value.ndim > kind.axes
+    }
 
 
 def params(
@@ -305,7 +333,7 @@ def params(
     index: tuple[int, ...],
 ) -> np.ndarray:
     """The kernel's argument for the batch entries at `index` of the leading axes."""
-    filled = np.zeros((), _PARAMS[sum_dtype(problem.dtype)])
+    filled = np.zeros((), params_dtype(sum_dtype(problem.dtype), problem.variant))
     for name in ("q", "k", "v", "out", "lse", "q_start", "kv_lengths"):
         array = getattr(operands, name)
         if array is None:
@@ -324,6 +352,9 @@ def params(
     filled["left"] = UNBOUNDED if problem.left is None else problem.left
     filled["right"] = UNBOUNDED if problem.right is None else problem.right
     filled["scale_log2"], filled["factor"] = folded(problem.scale, filled["factor"].dtype)
+    most = float(np.finfo(filled["scale"].dtype).max)
+    filled["scale"] = min(max(problem.scale, -most), most)
+    fill_variant(filled["variant"], problem.variant, operands, strides, index)
     pack, sweep = chosen.pack, plan.sweep(problem, gpus.current(), chosen)
     pairs, tiles = plan.pairs_of_heads(problem) // pack, plan.query_tiles(problem, chosen)
     filled["batch_shape"] = [divisor(length) for length in problem.batch]
@@ -339,6 +370,31 @@ def params(
     return filled
 
 
+def fill_variant(
+    filled: np.ndarray,
+    variant: Program,
+    operands: Operands,
+    strides: dict[str, tuple[int, ...]],
+    index: tuple[int, ...],
+) -> None:
+    """Fill in the struct Variant."""
+    for number, (kind, value) in enumerate(zip(variant.slots, operands.values)):
+        name = f"p{number}"
+        if not kind.axes:
+            filled[name] = value
+            continue
+        walk = strides.get(name, (0,) * (len(index) + BATCH_AXES))
+        offset = sum(i * stride for i, stride in zip(index, walk))
+        field = filled[name]
+        field["data"] = value.data.ptr + offset * value.itemsize
+        field["batch"] = walk[-BATCH_AXES:]
+        field["strides"] = [stride // value.itemsize for stride in value.strides[-kind.axes :]]
+        field["lengths"][: kind.axes] = value.shape[-kind.axes :]
+    if variant.names_entries:
+        filled["entries"] = strides["b"][-BATCH_AXES:]
+        filled["first"] = sum(i * stride for i, stride in zip(index, strides["b"]))
+
+
 def mapped(
     problem: Problem,
     chosen: plan.AttentionPlan,
@@ -348,7 +404,7 @@ def mapped(
 ) -> np.ndarray:
     """The argument of forward_sm90.cu, from what the other kernels take."""
     constants, pack = dict(chosen.kernel.constants), chosen.pack
-    hopper = np.zeros((), _HOPPER_PARAMS)
+    hopper = np.zeros((), hopper_dtype(problem.variant))
     hopper["params"] = filled
     rows = {"q": plan.WARPGROUP, "k": constants["kBlockN"], "v": constants["kBlockN"]}
     if constants["kStaged"]:

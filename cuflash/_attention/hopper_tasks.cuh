@@ -89,6 +89,21 @@ struct Task {
     return head << keys.pack_shift | row + i & (1 << keys.pack_shift) - 1;
   }
 
+  __device__ __forceinline__ Variant::Coordinates coordinates(const Params& params, int i) const {
+    Variant::Coordinates at = {};
+    at.entry[kBatchAxes - 1] = batch[0];
+    at.entry[kBatchAxes - 2] = batch[1];
+    const int64(&entries)[kBatchAxes] = params.variant.entries;
+    at.b = int(params.variant.first + batch[0] * entries[kBatchAxes - 1] + batch[1] * entries[kBatchAxes - 2]);
+    at.h = head_of(i);
+    at.row = row_in_head(i);
+    at.i = at.row + keys.start;
+    at.len_q = params.len_q >> keys.pack_shift;
+    at.len_k = keys.length;
+    at.scale = params.scale;
+    return at;
+  }
+
   // The tile's row i of an array: the batch has two axes at most.
   template <typename T> __device__ __forceinline__ T* row_of(const Strided<T>& array, int i) const {
     const int64 of_batch = batch[0] * array.batch[kBatchAxes - 1] + batch[1] * array.batch[kBatchAxes - 2];
@@ -156,13 +171,15 @@ __device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, Barr
   }
 }
 
-// Has a warp fill in rows of a query tile that see no key: 0, and -inf.
+// Has a warp fill in rows of a query tile that see no key: 0, and -inf or what a sink makes of it.
 __device__ __forceinline__ void fill_in(const Params& params, const Task& task, int first_row, int end_row) {
 #pragma unroll 1
   for (int row = first_row; row < end_row; ++row) {
     Output* out = task.row_of(params.out, row);
     for (int c = threadIdx.x % 32; c < params.head_dim_v; c += 32) out[c] = narrow<Output>(0.0f);
-    if (params.lse.data != nullptr && threadIdx.x % 32 == 0) *task.row_of(params.lse, row) = -infinity<float>();
+    if (params.lse.data == nullptr || threadIdx.x % 32 != 0) continue;
+    const bool has_sink = Variant::kHasSink;
+    *task.row_of(params.lse, row) = has_sink ? params.variant.sink(task.coordinates(params, row)) * float(kLn2) : -infinity<float>();
   }
 }
 

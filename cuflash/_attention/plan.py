@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from ..jit.gpu import Gpu
 from ..jit.launch import Plan
 from ..jit.source import Kernel
 from .problem import Problem, sum_dtype
+
+if TYPE_CHECKING:
+    import cupy
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 BUCKETS = (32, 64, 96, 128, 192, 256)  # head dims that kernels are compiled for
@@ -29,9 +33,35 @@ class AttentionPlan(Plan):
     ----------
     pack : int
         Query heads that share keys and whose rows alternate in a query tile.
+    narrower : AttentionPlan or None
+        The same with fewer keys a tile, for a variant that needs many registers.
     """
 
     pack: int = 1
+    narrower: AttentionPlan | None = None
+
+    def load(self) -> cupy.RawKernel:
+        """The compiled kernel of what this settles to."""
+        return super(AttentionPlan, self.settled()).load()
+
+    def settled(self) -> AttentionPlan:
+        """This plan, or the first narrower one whose kernel does not spill, or spills least."""
+        if self.narrower is None:
+            return self
+        tried: list[tuple[int, AttentionPlan]] = []
+        chosen: AttentionPlan | None = self
+        while chosen is not None:
+            spilled = _local_memory(chosen)
+            if spilled == 0:
+                return chosen
+            tried.append((spilled, chosen))
+            chosen = chosen.narrower
+        return min(tried, key=lambda each: each[0])[1]
+
+
+def _local_memory(chosen: AttentionPlan) -> int:
+    """Bytes a thread of a kernel, compiled if need be: without arrays, it is what spills."""
+    return int(Plan.load(chosen).local_size_bytes)
 
 
 @dataclass(frozen=True)
@@ -124,9 +154,15 @@ _HOPPER = Engine(
     "_attention/forward_sm90.cu",
     (
         (64, Tile(192, 128, 12, 4, 1, query_stages=2)),
+        (64, Tile(192, 96, 12, 4, 1, query_stages=2)),
+        (64, Tile(192, 64, 12, 4, 1, query_stages=2)),
         (128, Tile(128, 128, 8, 2, 1, query_stages=2)),
+        (128, Tile(128, 96, 8, 2, 1, query_stages=2)),
+        (128, Tile(128, 64, 8, 2, 1, query_stages=2)),
         (192, Tile(128, 96, 8, 2, 1)),
+        (192, Tile(128, 64, 8, 2, 1)),
         (256, Tile(128, 80, 8, 2, 1)),
+        (256, Tile(128, 64, 8, 2, 1)),
     ),
     loaders=4,
     box=64,
@@ -232,14 +268,23 @@ def choose(
         Whether it can bring heads that share keys as rows of one tile.
     """
     engine, why = _engine(problem, gpu, obstacle)
-    tile = _tile(engine, problem, gpu)
-    if not engine.persistent:
-        return plan(problem, output, engine, tile, why, copies)
-    fits = shared_memory(engine, problem, tile, staged=True) <= gpu.shared_memory_per_block
-    staged = stored_by_tma and BYTES[output] == 2 and fits
-    places = tile.blocks * gpu.multiprocessors
-    pack = best_pack(problem, tile, places) if packs else 1
-    return plan(problem, output, engine, tile, why, copies, places, staged, pack)
+    if problem.variant.steps:
+        why = f"{why}; with {problem.variant}"
+
+    def planned(tile: Tile) -> AttentionPlan:
+        if not engine.persistent:
+            return plan(problem, output, engine, tile, why, copies)
+        fits = shared_memory(engine, problem, tile, staged=True) <= gpu.shared_memory_per_block
+        staged = stored_by_tma and BYTES[output] == 2 and fits
+        places = tile.blocks * gpu.multiprocessors
+        pack = best_pack(problem, tile, places) if packs else 1
+        return plan(problem, output, engine, tile, why, copies, places, staged, pack)
+
+    first, *others = _tiles(engine, problem, gpu)
+    chosen: AttentionPlan | None = None
+    for tile in reversed(others):
+        chosen = replace(planned(tile), narrower=chosen)
+    return replace(planned(first), narrower=chosen)
 
 
 def _engine(problem: Problem, gpu: Gpu, obstacle: str | None) -> tuple[Engine, str]:
@@ -283,16 +328,24 @@ def head_dims(engine: Engine, problem: Problem, tile: Tile) -> tuple[int, int]:
     return max(d, d_v), min(d_v, tile.columns)
 
 
-def _tile(engine: Engine, problem: Problem, gpu: Gpu) -> Tile:
-    """The first tile that serves the head dims and of which enough blocks fit."""
+def _tiles(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
+    """The first tile that serves the head dims and of which enough blocks fit.
+
+    Behind it, for variants, those of fewer and fewer keys, in case that the first one spills.
+    """
+    found: list[Tile] = []
     widest = max(problem.head_dim, problem.head_dim_v)
     reserved = gpu.shared_memory_per_multiprocessor - gpu.shared_memory_per_block  # of each block's
     for head_dim, tile in engine.tiles:
         serves = widest <= head_dim and tile.since <= gpu.arch
         together = tile.blocks * (shared_memory(engine, problem, tile) + reserved)
-        if serves and together <= gpu.shared_memory_per_multiprocessor:
-            return tile
-    raise RuntimeError(f"no tile of {engine.file} serves head dim {widest} on {gpu.name}")
+        if not serves or together > gpu.shared_memory_per_multiprocessor:
+            continue
+        if not found or (problem.variant.steps and tile.keys < found[-1].keys):
+            found.append(tile)
+    if not found:
+        raise RuntimeError(f"no tile of {engine.file} serves head dim {widest} on {gpu.name}")
+    return found
 
 
 def best_pack(problem: Problem, tile: Tile, places: int) -> int:
@@ -354,13 +407,14 @@ def plan(
     }
     if engine.persistent:
         constants |= {"kQStages": tile.query_stages, "kStaged": staged}
-        constants["kWeightsFirst"] = d_v <= WEIGHTS_FIRST
+        constants["kWeightsFirst"] = d_v <= WEIGHTS_FIRST and not problem.variant.reworks
     return AttentionPlan(
         kernel=Kernel(
             engine.file,
             "attention_forward",
             (*constants.items(), *engine.constants),
             exact=engine.exact,
+            generated=problem.variant.text,
         ),
         grid=(blocks if places is None else min(blocks, places), 1, 1),
         threads=32 * (tile.warps + engine.loaders),

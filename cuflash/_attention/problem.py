@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .variants.program import Program, program
+
+PLAIN = program(())
+
 
 def sum_dtype(dtype: str) -> str:
     """Return what scores and sums are kept in for inputs of this dtype; lse shows them as is."""
@@ -37,6 +41,7 @@ class Problem:
     kv_lengths_array: bool
     precision: str | None  # None, or "tf32" for float32
     return_lse: bool
+    variant: Program = PLAIN
 
     @property
     def group(self) -> int:
@@ -71,5 +76,7 @@ class Operands:
     lse: Any = None  # [*batch, heads, len_q], or None when not wanted
     q_start: Any = None  # [*batch], any integer dtype, or None
     kv_lengths: Any = None  # [*batch], any integer dtype, or None
+    # Of the slots of Problem.variant: numbers, and arrays of the indexed axes, maybe after [*batch]
+    values: tuple[Any, ...] = ()
     one_head: bool = False  # the caller's arrays are 2-D, without the axis of heads
     given: tuple[Any, Any] = (None, None)  # the outputs that the caller passed, with their axes

@@ -3,6 +3,7 @@
 //   for each tile of kBlockM queries (a thread block):            Dao, "FlashAttention-2", Algorithm 1
 //     for each tile of kBlockN keys that some of its rows may see:
 //       S = Q K^T                                                 Products::scores
+//       S as a variant makes it, if there is one                  Variant, written by variants/cuda.py
 //       (m, d), P = online softmax of S; O rescaled               online_softmax.cuh
 //       O += P V                                                  Products::weigh
 //     O / d, lse = m + log d
@@ -13,11 +14,12 @@
 //   QTile, KTile, VTile                   how the operands lie in shared memory
 //   row(r), key(c), output(c)             the place of a thread's element in the block's tiles
 //   scores(s, q, k), weigh(o, s, v)       S += Q K^T and O += P V
-// and expects, as constants: Element, Output, kHeadDim, kHeadDimV, kSlices, kBlockM, kBlockN, kThreads, kStages.
+// and expects Variant and, as constants: Element, Output, kHeadDim, kHeadDimV, kSlices, kBlockM, kBlockN, kThreads, kStages.
 #include "device/online_softmax.cuh"
 #include "device/shared_tile.cuh"
 
 constexpr int kBatchAxes = 4;
+static_assert(kBatchAxes == expression::kBatchAxes, "arrays of variants are walked along the same axes");
 
 // A [batch..., heads, length, dim] array. Strides in elements, of any sign, 0 where it is broadcast.
 template <typename T> struct Strided {
@@ -57,6 +59,7 @@ struct Params {
   int64 left, right;                   // keys a row sees on either side of its diagonal
   Accumulator<Element> scale_log2;     // > 0: scale log2(e)
   Accumulator<Element> factor;         // 1; -1 or 0 where the scale was negative or zero: scores are multiplied by it first
+  Accumulator<Element> scale;          // itself, for variants of scores, which need neither of the two
   Divisor batch_shape[kBatchAxes];
   Divisor heads, group;                // group: heads / kv_heads
   Divisor sweep, last_sweep;           // (batch, head) pairs that advance through the query tiles together, and what is left for the last
@@ -64,6 +67,7 @@ struct Params {
   int sweeps;
   int len_q, len_k, head_dim, head_dim_v;
   int pack_shift;  // 2^pack_shift query heads that share keys count as one in `heads`, `group` and `len_q`: their rows alternate
+  Variant variant;
 };
 
 constexpr int64 kEndAligned = -(1ll << 62);
@@ -125,15 +129,15 @@ enum class Place { kOutside, kBorder, kInside };
 struct KeyInterval {
   int first, last;  // begin and end of row 0 before clamping to [0, length)
   int length;
-  int rows;  // rows of the block that exist
+  int start;  // the key position of query 0
+  int rows;   // rows of the block that exist
   int pack_shift;
 
   __device__ __forceinline__ KeyInterval(const Params& params, const BlockIndex& index) : pack_shift(params.pack_shift) {
     const int len_q = params.len_q >> pack_shift, len_k = params.len_k, top = index.tile * kBlockM >> pack_shift;
     length = clamp(index.value_of(params.kv_lengths, len_k), 0, len_k);  // never trusted
-    int64 start = index.value_of(params.q_starts, params.q_start);
-    if (params.q_starts.bytes == 0 && params.q_start == kEndAligned) start = length - len_q;
-    start = clamp(start, -(1 << 30), 1 << 30);
+    const bool aligned = params.q_starts.bytes == 0 && params.q_start == kEndAligned;
+    start = aligned ? length - len_q : clamp(index.value_of(params.q_starts, params.q_start), -(1 << 30), 1 << 30);
     first = top + clamp(start - params.left, -len_q, len_k);  // further out changes nothing, and int suffices
     last = top + clamp(start + params.right + 1, -len_q, len_k);
     rows = min_of(kBlockM, params.len_q - index.tile * kBlockM);
@@ -152,6 +156,21 @@ struct KeyInterval {
     return key >= begin(bottom) && key + kBlockN <= end(top) ? Place::kInside : Place::kBorder;
   }
 };
+
+// Where row i of the block's tile stands, for a variant.
+__device__ __forceinline__ Variant::Coordinates coordinates(const Params& params, const BlockIndex& index, const KeyInterval& keys, int i) {
+  Variant::Coordinates at;
+#pragma unroll
+  for (int axis = 0; axis < kBatchAxes; ++axis) at.entry[axis] = index.batch[axis];
+  at.b = int(params.variant.first + index.offset(params.variant.entries));
+  at.h = index.head;
+  at.row = index.tile * kBlockM + i;
+  at.i = at.row + keys.start;
+  at.len_q = params.len_q;
+  at.len_k = keys.length;
+  at.scale = params.scale;
+  return at;
+}
 
 template <int kLanes, typename T, typename Combine> __device__ __forceinline__ T across_row(T x, Combine combine) {
 #pragma unroll
@@ -190,6 +209,35 @@ template <typename Products> struct Rows {
     for (int r = 0; r < Products::kRows; ++r)
 #pragma unroll
       for (int c = 0; c < Products::kScores; ++c) s[r][c] *= factor;
+  }
+
+  // By what scores are multiplied for base 2: those of a variant have it already.
+  static __device__ __forceinline__ T scale_of(const Params& params) { return Variant::kHasScore ? T(1) : params.scale_log2; }
+
+  // Scores become what the variant makes of them, and -inf where its mask hides them. `place(i)` says where row i of the block stands.
+  template <typename Where> __device__ __forceinline__ void vary(const Variant& variant, int first_key, Where place) {
+    Variant::Coordinates at[Products::kRows];
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+      at[r] = place(Products::row(r));
+      at[r].key = first_key + Products::key(0);
+    }
+#pragma unroll
+    for (int c = 0; c < Products::kScores; ++c) {  // what is read by key serves all rows
+      const int step = Products::key(c) - Products::key(0);  // a constant
+#pragma unroll
+      for (int r = 0; r < Products::kRows; ++r) {
+        if (Variant::kHasScore) s[r][c] = variant.score(s[r][c], at[r], step);
+        if (Variant::kHasMask && !variant.mask(at[r], step)) s[r][c] = -infinity<T>();
+      }
+    }
+  }
+
+  // A score without a key joins the sum. Returns what O is to be multiplied by for it.
+  static __device__ __forceinline__ T take_sink(RunningPair<T>& pair, T sink) {
+    const T factor = pair.raise(sink);
+    pair.sum += exp_2(sink - finite_reference(pair.max));
+    return factor;
   }
 
   // Scores of keys that their row may not see become -inf: replaced, so that a NaN among them does not survive.
@@ -260,8 +308,13 @@ template <typename Products> struct Rows {
       pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
       const bool empty = pair[r].max == -infinity<T>() && pair[r].sum == T(0);  // and no NaN
       if (row >= params.len_q) continue;
+      T factor = 1;
+      if (Variant::kHasSink) {
+        const KeyInterval keys(params, index);
+        factor = take_sink(pair[r], params.variant.sink(coordinates(params, index, keys, Products::row(r))));
+      }
       if (lse != nullptr && Products::key(0) == 0) lse[row * params.lse.row] = pair[r].log_sum() * T(kLn2);
-      const T inverse = empty ? T(0) : has_weights(pair[r].max) ? T(1) / pair[r].sum : nan<T>();
+      const T inverse = empty ? T(0) : has_weights(pair[r].max) ? factor / pair[r].sum : nan<T>();
       Output* out_row = out + row * params.out.row;
 #pragma unroll
       for (int c = 0; c < Products::kOutputs; ++c) o[r][c] = empty ? T(0) : o[r][c] * inverse;
@@ -347,9 +400,12 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
       load_k(tile + 1);
     }
     if (place == Place::kOutside) continue;
-    if (params.factor != T(1)) rows.multiply_scores(params.factor);
+    if (!Variant::kHasScore && params.factor != T(1)) rows.multiply_scores(params.factor);
+    if (Variant::kHasScore || Variant::kHasMask) {
+      rows.vary(params.variant, first_key, [&](int row) { return coordinates(params, index, keys, row); });
+    }
     if (place == Place::kBorder) rows.mask(keys, first_key);
-    rows.softmax(params.scale_log2);
+    rows.softmax(Rows<Products>::scale_of(params));
     Products::weigh(rows.o, rows.s, v_smem(tile));
   }
 

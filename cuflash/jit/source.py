@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 
 Constant = bool | int | str
@@ -26,12 +26,15 @@ class Kernel:
         Declared in front of the source: integers and booleans as ``constexpr``, strings as types.
     exact : bool
         Compiled for one architecture and no later one: sm_90a, not sm_90.
+    generated : str
+        Source text that stands behind the constants, in front of the file's.
     """
 
     file: str
     entry: str
     constants: tuple[tuple[str, Constant], ...] = ()
     exact: bool = False
+    generated: str = field(default="", repr=False)
 
     def __str__(self) -> str:
         values = ", ".join(f"{name}={value}" for name, value in self.constants)
@@ -48,13 +51,18 @@ def text(kernel: Kernel) -> str:
     seen: set[str] = set()
     types = _expand("device/types.cuh", seen)  # the constants may name its types
     constants = "".join(_declaration(name, value) for name, value in kernel.constants)
-    return types + constants + _expand(kernel.file, seen)
+    generated = _expanded("generated", kernel.generated, seen) if kernel.generated else ""
+    return types + constants + generated + _expand(kernel.file, seen)
 
 
 def _expand(path: str, seen: set[str]) -> str:
     seen.add(path)
+    return _expanded(path, _read(path), seen)
+
+
+def _expanded(path: str, content: str, seen: set[str]) -> str:
     lines = [f'#line 1 "cuflash/{path}"\n']
-    for number, line in enumerate(_read(path).splitlines(keepends=True), start=1):
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
         included = _INCLUDE.fullmatch(line)
         if included is None:
             lines.append(line)

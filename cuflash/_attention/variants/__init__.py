@@ -1,0 +1,1 @@
+"""Variants of attention: a caller's own expressions for scores and masks."""

@@ -1,0 +1,133 @@
+"""The variants that one call asks for: checked, bound to its arrays, and put in their order."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ... import arrays
+from ...jit.strides import in_elements
+from ..problem import Operands
+from . import registry
+from .kinds import ARRAYS, Kind
+from .program import Program, Step, program
+from .variant import Part, Variant
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call says of variants, before its arrays are looked at."""
+
+    softcap: float | None
+    arrays: dict[str, Any]  # by the names of their keywords
+    variant: Variant | None
+
+    @property
+    def named_arrays(self) -> dict[str, Any]:
+        """All arrays, named as in messages."""
+        parts = () if self.variant is None else self.variant.parts
+        own = {
+            _label(number, name): value
+            for number, part in enumerate(parts)
+            for (name, axes), value in zip(part.axes, part.values or ())
+            if axes
+        }
+        return {**self.arrays, **own}
+
+
+def asked(softcap: Any, variant: Any, **of_keywords: Any) -> Asked:
+    """Check what is no array."""
+    if variant is not None and not isinstance(variant, Variant):
+        raise TypeError(f"`variant` must be a cuflash.Variant, not {type(variant).__name__}")
+    if variant is not None and variant.missing:
+        missing = ", ".join(f"{name}=..." for name in variant.missing)
+        raise ValueError(f"`variant` lacks values: call it with ({missing})")
+    cap = None if softcap is None else registry.softcap(softcap)
+    return Asked(cap, {name: x for name, x in of_keywords.items() if x is not None}, variant)
+
+
+def bind(
+    call: Asked, native: dict[str, Any], operands: Operands
+) -> tuple[Program, tuple[Any, ...]]:
+    """Return the program of a call and the values of its slots."""
+    steps: list[Step] = []
+    values: list[Any] = []
+
+    def add(step: Step, bound: list[Any]) -> None:
+        steps.append(step)
+        values.extend(bound)
+
+    for entry in registry.BEFORE:
+        _add_keyword(entry, call, native, operands, add)
+    for number, part in enumerate(() if call.variant is None else call.variant.parts):
+        bound = [
+            native[_label(number, name)] if axes else value
+            for (name, axes), value in zip(part.axes, part.values or ())
+        ]
+        add(_step(number, part, bound, operands), bound)
+    for entry in registry.AFTER:
+        _add_keyword(entry, call, native, operands, add)
+    return program(tuple(steps)), tuple(values)
+
+
+def _label(number: int, name: str) -> str:
+    return f"variant's {name}" if number == 0 else f"variant's {name} ({number + 1})"
+
+
+def _add_keyword(
+    entry: registry.Entry, call: Asked, native: dict[str, Any], operands: Operands, add: Any
+) -> None:
+    name = entry.keyword
+    if name == "softcap" and call.softcap is not None:
+        kind, value = Kind("float"), call.softcap
+    elif name in call.arrays:
+        value = _broadcast(entry, native[name], operands)
+        kind = _kind(name, value, len(entry.axes), operands, entry.dtypes)
+    else:
+        return
+    add(Step(name, entry.score, entry.mask, entry.sink, ((name, kind),)), [value])
+
+
+def _broadcast(entry: registry.Entry, value: Any, operands: Operands) -> Any:
+    *batch, heads, len_q, _ = operands.q.shape
+    lengths = {"h": heads, "i": len_q, "j": operands.k.shape[-2]}
+    shape = (*batch, *(lengths[axis] for axis in entry.axes))
+    try:
+        return value if value.shape == shape else np.broadcast_to(value, shape)
+    except ValueError:
+        letters = {"h": "heads", "i": "len_q", "j": "len_k"}
+        axes = ", ".join(["...", *(letters[axis] for axis in entry.axes)])
+        raise ValueError(
+            f"`{entry.keyword}` must have a shape that broadcasts to ({axes}), {shape}, not "
+            f"{value.shape}"
+        ) from None
+
+
+def _step(number: int, part: Part, bound: list[Any], operands: Operands) -> Step:
+    kinds = []
+    for (name, axes), value in zip(part.axes, bound):
+        if not axes:
+            kinds.append((name, Kind(type(value).__name__)))
+            continue
+        label = _label(number, name)
+        if value.ndim != axes:
+            raise ValueError(
+                f"`{label}` must have {axes} axes, as its subscripts say, not shape {value.shape}"
+            )
+        if value.size == 0 and operands.q.size and operands.k.size:
+            raise ValueError(f"`{label}` must have elements, but its shape is {value.shape}")
+        kinds.append((name, _kind(label, value, axes, operands, tuple(ARRAYS))))
+    return Step("variant", part.score, part.mask, None, tuple(kinds))
+
+
+def _kind(label: str, value: Any, axes: int, operands: Operands, dtypes: tuple[str, ...]) -> Kind:
+    dtype = arrays.dtype_name(value.dtype)
+    if dtype not in dtypes:
+        raise TypeError(f"`{label}` must have dtype {' or '.join(dtypes)}, not {dtype}")
+    if math.prod(value.shape) and not in_elements(value):
+        raise ValueError(f"`{label}` must begin, and have strides, at whole elements")
+    unit = value.shape[-1] <= 1 or value.strides[-1] == value.itemsize
+    return Kind(dtype, axes, unit, value.shape[-1] >= operands.k.shape[-2])

@@ -1,0 +1,265 @@
+"""Expressions as CUDA C++: the struct Variant that every attention kernel asks about its scores.
+
+Scores leave the struct in base 2, as kernels want them. What depends on neither the score nor the
+key is put together into one factor, which the compiler then computes once a row: a soft cap is one
+multiplication, one tanh and one multiplication a score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .expression import Node
+from .kinds import Kind
+
+LOG2_E = "Number(1.4426950408889634)"
+_OPERATORS = {
+    "add": "+",
+    "subtract": "-",
+    "multiply": "*",
+    "divide": "/",
+    "less": "<",
+    "less_equal": "<=",
+    "greater": ">",
+    "greater_equal": ">=",
+    "equal": "==",
+    "different": "!=",
+    "and": "&",
+    "or": "|",
+}
+_TYPES = {"int": "int", "bool": "bool", "float": "Number"}
+_STRUCT = """
+#include "device/expression.cuh"
+struct Variant {{
+  using Number = Accumulator<Element>;
+  using Functions = expression::Functions<sizeof(Element) == 2>;
+  using Coordinates = expression::Coordinates<Number>;
+{members}  int64 entries[expression::kBatchAxes];  // what a step along each axis adds to b
+  int64 first;                            // b of the launch's first entry
+
+  // log2(e) times what becomes of q k, for the key at.key + step.
+  __device__ __forceinline__ Number score(Number score, const Coordinates& at, int step) const {{
+{scores}    return score;
+  }}
+  __device__ __forceinline__ bool mask(const Coordinates& at, int step) const {{ return {mask}; }}
+  __device__ __forceinline__ Number sink(const Coordinates& at) const {{ return {sink}; }}
+}};
+"""
+_APPROXIMATE = ("exp", "log", "tanh", "sqrt")
+_SMALL = 1 << 20  # constants that may be added to a difference of places without wrapping
+
+
+@dataclass(frozen=True)
+class Trees:
+    """The expressions of one variant; `names` says how its parameters are spelt."""
+
+    score: Node | None
+    mask: Node | None
+    sink: Node | None
+    names: Mapping[str, str]
+    kinds: Mapping[str, Kind]
+
+
+def struct(variants: Sequence[Trees], slots: Sequence[Kind]) -> str:
+    """The struct Variant for variants that follow one another, with `slots` p0, p1, ... in it."""
+    scores = [each for each in variants if each.score]
+    masks = [Writer(each).value(each.mask) for each in variants if each.mask]
+    sinks = [Writer(each).scaled(each.sink, (LOG2_E,)) for each in variants if each.sink]
+    lines = [
+        f"static constexpr bool kHasScore = {_bool(scores)}, kHasMask = {_bool(masks)};",
+        f"static constexpr bool kHasSink = {_bool(sinks)};",
+        *(f"{_declaration(kind)} p{number};" for number, kind in enumerate(slots)),
+    ]
+    members = "".join(f"  {line}\n" for line in lines)
+    scored = _scores(scores)
+    return _STRUCT.format(
+        members=members,
+        scores="".join(f"    score = {text};\n" for text in scored),
+        mask=" & ".join(masks) or "true",
+        sink=sinks[0] if sinks else "-infinity<Number>()",
+    )
+
+
+def _scores(variants: Sequence[Trees]) -> list[str]:
+    """What becomes of a score, step by step: the first has the scale to apply, the last log2(e)."""
+    texts = []
+    for number, each in enumerate(variants):
+        assert each.score is not None
+        last = number == len(variants) - 1
+        writer = Writer(each, raw_score=number == 0)
+        texts.append(writer.scaled(each.score, (LOG2_E,) if last else ()))
+    return texts
+
+
+class Writer:
+    """Writes one expression; `names` says how parameters are spelt, `kinds` what they are."""
+
+    def __init__(self, variant: Trees, raw_score: bool = False) -> None:
+        self.names, self.kinds = variant.names, variant.kinds
+        # The product q k, to which the scale is still to be applied.
+        self.raw_score = raw_score
+
+    def value(self, node: Node) -> str:
+        """The text of a node."""
+        if node.operation == "constant":
+            return _literal(node)
+        if node.operation == "parameter":
+            return self.names[node.value]
+        if node.operation == "coordinate":
+            return self.coordinate(node.value)
+        if node.operation == "element":
+            return self.element(node)
+        if node.operation == "float":
+            return self.as_float(node.operands[0])
+        if node.type == "float":
+            return self.scaled(node, ())
+        return self.call(node.operation, [self.value(each) for each in node.operands], node.type)
+
+    def scaled(self, node: Node, factors: tuple[str, ...]) -> str:
+        """The text of a number times factors that are the same for all keys of a row."""
+        operation, operands = node.operation, node.operands
+        if operation in ("multiply", "divide") and _same_for_all_keys(operands[1]):
+            by = self.value(operands[1])
+            factor = by if operation == "multiply" else f"(Number(1) / {by})"
+            return self.scaled(operands[0], (*factors, factor))
+        if operation == "multiply" and _same_for_all_keys(operands[0]):
+            return self.scaled(operands[1], (*factors, self.value(operands[0])))
+        if operation in ("add", "subtract") and factors == (LOG2_E,):
+            left, right = (self.scaled(each, factors) for each in operands)
+            return f"({left} {_OPERATORS[operation]} {right})"
+        if operation == "negate":
+            return f"(-{self.scaled(operands[0], factors)})"
+        if operation == "where":
+            chosen, other = (self.scaled(each, factors) for each in operands[1:])
+            return f"({self.value(operands[0])} ? {chosen} : {other})"
+        if operation == "coordinate" and self.raw_score:
+            factors = (*factors, "at.scale")
+        product = " * ".join(factors)
+        text = self.number(node)
+        return f"({product}) * {text}" if factors else text
+
+    def number(self, node: Node) -> str:
+        """The text of a number that has no factors to be taken out."""
+        if node.operation in ("constant", "parameter", "coordinate", "element", "float"):
+            return self.value(node)
+        return self.call(node.operation, [self.value(each) for each in node.operands], node.type)
+
+    def call(self, operation: str, operands: Sequence[str], kind: str) -> str:
+        if operation == "not":
+            return f"!{operands[0]}"
+        if operation == "where":
+            return f"({operands[0]} ? {operands[1]} : {operands[2]})"
+        if operation in _OPERATORS and kind != "int":
+            return f"({operands[0]} {_OPERATORS[operation]} {operands[1]})"
+        if operation == "negate" and kind == "float":
+            return f"(-{operands[0]})"
+        name = "absolute" if operation == "abs" else operation
+        scope = "Functions::" if operation in _APPROXIMATE else "expression::"
+        return f"{scope}{name}({', '.join(operands)})"
+
+    def coordinate(self, name: str) -> str:
+        if name == "score":
+            return "score"
+        return "(at.key + step)" if name == "j" else f"at.{name}"
+
+    def element(self, node: Node) -> str:
+        name, places = self.names[node.value], node.operands
+        if _is_key(places[-1]) and self.kinds[node.value].keys:
+            others = "".join(f", {self.value(place)}" for place in places[:-1])
+            read = f"{name}.along(at.entry, at.key, step{others})"
+        else:
+            read = f"{name}.at(at.entry, {', '.join(self.value(place) for place in places)})"
+        return f"expression::Value<Number>::of({read})"
+
+    def as_float(self, node: Node) -> str:
+        """An integer as a number: of a place, what all keys share is converted once."""
+        if node.operation in ("abs", "minimum", "maximum", "negate"):
+            parts = [self.as_float(each) for each in node.operands]
+            if all(_is_place(each) for each in node.operands):
+                return self.call(node.operation, parts, "float")
+        if _is_place(node) and (sign := _sign_of_key(node)):
+            shared = self.value(_at_first_key(node))
+            return f"(Number({shared}) {'+' if sign > 0 else '-'} Number(step))"
+        return f"Number({self.value(node)})"
+
+
+def _all(node: Node) -> Iterator[Node]:
+    yield node
+    for each in node.operands:
+        yield from _all(each)
+
+
+def names_entries(variant: Trees) -> bool:
+    """Whether an expression names b."""
+    trees = (tree for tree in (variant.score, variant.mask, variant.sink) if tree)
+    return any(
+        node.operation == "coordinate" and node.value == "b"
+        for tree in trees
+        for node in _all(tree)
+    )
+
+
+def _declaration(kind: Kind) -> str:
+    if kind.axes == 0:
+        return _TYPES[kind.type]
+    return f"expression::Array<{kind.element}, {kind.axes}, {_bool(kind.unit)}>"
+
+
+def _bool(value: object) -> str:
+    return str(bool(value)).lower()
+
+
+def _is_key(node: Node) -> bool:
+    return node.operation == "coordinate" and node.value == "j"
+
+
+def _same_for_all_keys(node: Node) -> bool:
+    if node.operation == "coordinate":
+        return node.value not in ("score", "j")
+    return all(_same_for_all_keys(each) for each in node.operands)
+
+
+def _leaves(node: Node) -> list[Node]:
+    if node.operation in ("add", "subtract", "negate"):
+        return [leaf for each in node.operands for leaf in _leaves(each)]
+    return [node]
+
+
+def _is_place(node: Node) -> bool:
+    """Whether an integer is a sum or difference of two places and small constants, for no wrap."""
+    places = [leaf for leaf in _leaves(node) if leaf.operation == "coordinate"]
+    others = [leaf for leaf in _leaves(node) if leaf.operation != "coordinate"]
+    small = [leaf.operation == "constant" and abs(leaf.value) <= _SMALL for leaf in others]
+    return len(places) <= 2 and len(others) <= 2 and all(small)
+
+
+def _sign_of_key(node: Node, sign: int = 1) -> int:
+    """How often the key is counted in a sum: 1, -1, or 0 where it is not, or otherwise."""
+    if _is_key(node):
+        return sign
+    if node.operation == "negate":
+        return _sign_of_key(node.operands[0], -sign)
+    if node.operation not in ("add", "subtract"):
+        return 0
+    left, right = node.operands
+    turned = sign if node.operation == "add" else -sign
+    total = _sign_of_key(left, sign) + _sign_of_key(right, turned)
+    return total if abs(total) == 1 else 0
+
+
+def _at_first_key(node: Node) -> Node:
+    if _is_key(node):
+        return Node("int", "coordinate", value="key")
+    return Node(node.type, node.operation, tuple(map(_at_first_key, node.operands)), node.value)
+
+
+def _literal(node: Node) -> str:
+    if node.type == "bool":
+        return "true" if node.value else "false"
+    if node.type == "int":
+        return f"({node.value})" if node.value > -(2**31) else "(-2147483647 - 1)"
+    if not math.isfinite(node.value):
+        raise ValueError(f"{node.value} has no literal")
+    return f"Number({node.value!r})"

@@ -1,0 +1,118 @@
+"""Variants one after another, translated: what a Problem says of them, and kernels are made of."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import cuda
+from .expression import Node, evaluate, parse
+from .kinds import Kind
+
+
+@dataclass(frozen=True)
+class Step:
+    """One variant without its values: expressions, and the kinds of what is bound to their names.
+
+    Parameters
+    ----------
+    name : str
+        Of a keyword, or "variant".
+    score, mask, sink : str or None
+        What becomes of a score, which keys a query sees, and a score that only the sum counts.
+    kinds : tuple of (str, Kind)
+    """
+
+    name: str
+    score: str | None = None
+    mask: str | None = None
+    sink: str | None = None
+    kinds: tuple[tuple[str, Kind], ...] = ()
+
+
+class Program:
+    """Steps in their order. Equal steps give one and the same object, so it is its own key."""
+
+    def __init__(self, steps: tuple[Step, ...]) -> None:
+        self.steps = steps
+        self.slots = tuple(kind for step in steps for _, kind in step.kinds)
+        self.trees: list[cuda.Trees] = []
+        names = (f"p{number}" for number in range(len(self.slots)))
+        for step in steps:
+            self.trees.append(_translated(step, dict(zip((name for name, _ in step.kinds), names))))
+        self.text = cuda.struct(self.trees, self.slots)
+        self.names_entries = any(map(cuda.names_entries, self.trees))
+
+    def __str__(self) -> str:
+        return ", ".join(step.name for step in self.steps)
+
+    @property
+    def has_score(self) -> bool:
+        return any(each.score for each in self.trees)
+
+    @property
+    def has_mask(self) -> bool:
+        return any(each.mask for each in self.trees)
+
+    @property
+    def reworks(self) -> bool:
+        """Whether scores are not what the products gave, or some are hidden by an expression."""
+        return self.has_score or self.has_mask
+
+    @property
+    def has_sink(self) -> bool:
+        return any(each.sink for each in self.trees)
+
+    def score(self, places: Mapping[str, Any], values: Sequence[Any], dtype: np.dtype) -> Any:
+        """What becomes of ``places["score"]``, in NumPy: arrays that broadcast."""
+        score = places["score"]
+        for each, names in self._with_values(values):
+            if each.score:
+                score = evaluate(each.score, {**places, **names, "score": score}, dtype)
+        return score
+
+    def mask(self, places: Mapping[str, Any], values: Sequence[Any], dtype: np.dtype) -> Any:
+        """Which places are seen, in NumPy."""
+        seen: Any = np.True_
+        for each, names in self._with_values(values):
+            if each.mask:
+                seen = seen & evaluate(each.mask, {**places, **names}, dtype)
+        return seen
+
+    def sink(self, places: Mapping[str, Any], values: Sequence[Any], dtype: np.dtype) -> Any:
+        """The score that only the sum counts, in NumPy; -inf where there is none."""
+        for each, names in self._with_values(values):
+            if each.sink:
+                return evaluate(each.sink, {**places, **names}, dtype)
+        return np.asarray(-np.inf, dtype)
+
+    def _with_values(self, values: Sequence[Any]) -> Iterator[tuple[cuda.Trees, dict[str, Any]]]:
+        for each in self.trees:
+            yield each, {name: values[int(slot[1:])] for name, slot in each.names.items()}
+
+
+@functools.lru_cache(maxsize=4096)
+def program(steps: tuple[Step, ...]) -> Program:
+    """The program of these steps.
+
+    Raises
+    ------
+    ValueError
+        That points at what is not allowed in an expression.
+    """
+    return Program(steps)
+
+
+def _translated(step: Step, names: Mapping[str, str]) -> cuda.Trees:
+    kinds = dict(step.kinds)
+    parameters = {name: kind.parameter for name, kind in step.kinds}
+
+    def tree(source: str | None, wanted: Any) -> Node | None:
+        return None if source is None else parse(source, parameters, wanted)
+
+    score, mask, sink = tree(step.score, "float"), tree(step.mask, "bool"), tree(step.sink, "float")
+    return cuda.Trees(score, mask, sink, names, kinds)

@@ -1,0 +1,164 @@
+// What Python's arithmetic is in CUDA C++, for expressions of a caller's own, which _attention/variants/cuda.py writes out.
+//
+// Integers have 32 bits and wrap; // and % round towards minus infinity, and by 0 give 0. minimum and maximum are NaN where either is.
+// An index outside of an array is moved to its nearest end.
+#include "device/types.cuh"
+
+namespace expression {
+
+__device__ __forceinline__ int add(int a, int b) { return int(uint32(a) + uint32(b)); }
+__device__ __forceinline__ int subtract(int a, int b) { return int(uint32(a) - uint32(b)); }
+__device__ __forceinline__ int multiply(int a, int b) { return int(uint32(a) * uint32(b)); }
+__device__ __forceinline__ int negate(int a) { return int(0u - uint32(a)); }
+
+__device__ __forceinline__ int floor_divide(int a, int b) {
+  if (b == 0) return 0;
+  if (b == -1) return negate(a);  // the smallest integer has no negative
+  return a / b - (a % b != 0 && (a < 0) != (b < 0));
+}
+__device__ __forceinline__ int remainder(int a, int b) {
+  if (b == 0 || b == -1) return 0;
+  const int rest = a % b;
+  return rest != 0 && (a < 0) != (b < 0) ? rest + b : rest;
+}
+template <typename T> __device__ __forceinline__ T remainder(T a, T b) {
+  const T rest = fmod(a, b);
+  if (rest == T(0)) return copysign(T(0), b);
+  return (rest < T(0)) != (b < T(0)) ? rest + b : rest;
+}
+template <typename T> __device__ __forceinline__ T floor_divide(T a, T b) {
+  if (b == T(0)) return a / b;
+  const T rest = fmod(a, b);
+  T quotient = (a - rest) / b;
+  if (rest != T(0) && (rest < T(0)) != (b < T(0))) quotient -= T(1);
+  const T whole = floor(quotient);
+  return quotient == T(0) ? copysign(T(0), a / b) : quotient - whole > T(0.5) ? whole + T(1) : whole;
+}
+
+template <typename T> __device__ __forceinline__ T minimum(T a, T b) { return a < b || a != a ? a : b; }
+template <typename T> __device__ __forceinline__ T maximum(T a, T b) { return a > b || a != a ? a : b; }
+__device__ __forceinline__ int absolute(int a) { return a < 0 ? negate(a) : a; }
+__device__ __forceinline__ float absolute(float a) { return fabsf(a); }
+__device__ __forceinline__ double absolute(double a) { return fabs(a); }
+
+// Beside operands of 16 bits the hardware's own functions do, whose errors are of 10 to 22 bits.
+template <bool kApproximate> struct Functions {
+  static __device__ __forceinline__ float exp(float a) { return expf(a); }
+  static __device__ __forceinline__ float log(float a) { return logf(a); }
+  static __device__ __forceinline__ float tanh(float a) { return tanhf(a); }
+  static __device__ __forceinline__ float sqrt(float a) { return sqrtf(a); }
+  static __device__ __forceinline__ double exp(double a) { return ::exp(a); }
+  static __device__ __forceinline__ double log(double a) { return ::log(a); }
+  static __device__ __forceinline__ double tanh(double a) { return ::tanh(a); }
+  static __device__ __forceinline__ double sqrt(double a) { return ::sqrt(a); }
+};
+template <> struct Functions<true> {
+  static __device__ __forceinline__ float exp(float a) { return __expf(a); }
+  static __device__ __forceinline__ float log(float a) { return __logf(a); }
+  static __device__ __forceinline__ float tanh(float a) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(a));
+    return y;
+  }
+  static __device__ __forceinline__ float sqrt(float a) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
+    return y;
+  }
+};
+
+// Memory that no kernel writes to meanwhile, so that a value may be kept, or read early.
+template <typename T> __device__ __forceinline__ T constant(const T* from) { return __ldg(from); }
+__device__ __forceinline__ float16 constant(const float16* from) { return {__ldg(&from->bits)}; }
+__device__ __forceinline__ bfloat16 constant(const bfloat16* from) { return {__ldg(&from->bits)}; }
+__device__ __forceinline__ bool constant(const bool* from) { return __ldg(reinterpret_cast<const unsigned char*>(from)) != 0; }
+
+// The same where the condition holds, and zeros elsewhere. One instruction with a predicate: the compiler, left alone, makes branches, and
+// runs out of registers.
+__device__ __forceinline__ void load_if(bool condition, const void* from, unsigned char& to) {
+  uint32 word;
+  asm("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\tmov.b32 %0, 0;\n\t@p ld.global.nc.u8 %0, [%1];\n\t}"
+      : "=r"(word) : "l"(from), "r"(int(condition)));
+  to = word;
+}
+__device__ __forceinline__ void load_if(bool condition, const void* from, uint16& to) {
+  asm("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\tmov.b16 %0, 0;\n\t@p ld.global.nc.b16 %0, [%1];\n\t}"
+      : "=h"(to) : "l"(from), "r"(int(condition)));
+}
+__device__ __forceinline__ void load_if(bool condition, const void* from, uint32& to) {
+  asm("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\tmov.b32 %0, 0;\n\t@p ld.global.nc.b32 %0, [%1];\n\t}"
+      : "=r"(to) : "l"(from), "r"(int(condition)));
+}
+__device__ __forceinline__ void load_if(bool condition, const void* from, uint64& to) {
+  asm("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\tmov.b64 %0, 0;\n\t@p ld.global.nc.b64 %0, [%1];\n\t}"
+      : "=l"(to) : "l"(from), "r"(int(condition)));
+}
+template <typename T> struct WordOf;
+template <> struct WordOf<bool> { using type = unsigned char; };
+template <> struct WordOf<float16> { using type = uint16; };
+template <> struct WordOf<bfloat16> { using type = uint16; };
+template <> struct WordOf<int> { using type = uint32; };
+template <> struct WordOf<float> { using type = uint32; };
+template <> struct WordOf<int64> { using type = uint64; };
+template <> struct WordOf<double> { using type = uint64; };
+template <typename T> __device__ __forceinline__ T constant_if(bool condition, const T* from) {
+  typename WordOf<T>::type word;
+  load_if(condition, from, word);
+  return reinterpret_cast<const T&>(word);
+}
+template <> __device__ __forceinline__ bool constant_if<bool>(bool condition, const bool* from) {
+  unsigned char word;
+  load_if(condition, from, word);
+  return word != 0;
+}
+
+// An element as expressions have it: floating-point numbers are Number, integers have 32 bits.
+template <typename Number> struct Value {
+  static __device__ __forceinline__ bool of(bool x) { return x; }
+  static __device__ __forceinline__ int of(int x) { return x; }
+  static __device__ __forceinline__ int of(int64 x) { return int(x); }
+  static __device__ __forceinline__ Number of(double x) { return Number(x); }
+  template <typename T> static __device__ __forceinline__ Number of(T x) { return Number(widen(x)); }
+};
+
+constexpr int kBatchAxes = 4;
+
+// An array that expressions index along kAxes axes; along the batch it is walked with the operands. Strides in elements; kUnit: the last is 1.
+template <typename T, int kAxes, bool kUnit> struct Array {
+  const T* data;
+  int64 batch[kBatchAxes];
+  int64 strides[kAxes];
+  int lengths[kAxes + kAxes % 2];
+
+  __device__ __forceinline__ int64 stride(int axis) const { return kUnit && axis == kAxes - 1 ? 1 : strides[axis]; }
+
+  template <typename... Index> __device__ __forceinline__ T at(const int (&entry)[kBatchAxes], Index... indices) const {
+    return constant(begin(entry) + offset(0, indices...));
+  }
+  // The last index is key + step, of an array that has all keys: what it has not is no key, and its score will not count.
+  template <typename... Index>
+  __device__ __forceinline__ T along(const int (&entry)[kBatchAxes], int key, int step, Index... indices) const {
+    const T* first = begin(entry) + offset(0, indices...) + key * stride(kAxes - 1);
+    return constant_if(step < lengths[kAxes - 1] - key, first + step * stride(kAxes - 1));
+  }
+
+  __device__ __forceinline__ const T* begin(const int (&entry)[kBatchAxes]) const {
+    const T* first = data;
+#pragma unroll
+    for (int axis = 0; axis < kBatchAxes; ++axis) first += entry[axis] * batch[axis];
+    return first;
+  }
+  __device__ __forceinline__ int64 offset(int) const { return 0; }
+  template <typename... Index> __device__ __forceinline__ int64 offset(int axis, int index, Index... rest) const {
+    return min_of(max_of(index, 0), lengths[axis] - 1) * stride(axis) + offset(axis + 1, rest...);
+  }
+};
+
+// Where a row's scores stand: what expressions may name, and the first of the keys in question.
+template <typename Number> struct Coordinates {
+  int entry[kBatchAxes];  // of the batch
+  int b, h, i, row, key, len_q, len_k;
+  Number scale;
+};
+
+}  // namespace expression

@@ -4,13 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import attention, loss, paper, report, selection, softmax
+from . import attention, loss, paper, report, selection, softmax, variants
 from .contest import OURS, sweep
 from .environment import environment
 from .timing import Stopwatch
 
 ROOMS = {"attention": attention, "softmax": softmax, "selection": selection, "loss": loss}
-ROOMS |= {"paper": paper}
+ROOMS |= {"paper": paper, "variants": variants}
+SECONDS_A_CASE = 2.0  # at most, of a part of a sweep; a room may have its own
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -43,7 +44,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"left out: {case.labels()} wants {case.memory >> 20} MiB of {free >> 20} MiB")
     chosen = [case for case in chosen if case.memory <= free]
     bandwidths = stopwatch.bandwidths()
-    seconds = module.SECONDS if whole else min(module.SECONDS, 2.0 * len(chosen))
+    each = getattr(module, "SECONDS_A_CASE", SECONDS_A_CASE)
+    seconds = module.SECONDS if whole else min(module.SECONDS, each * len(chosen))
     measured = {
         "room": options.room,
         "unit": module.UNIT,

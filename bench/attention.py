@@ -132,36 +132,52 @@ def host(stopwatch: Stopwatch) -> dict[str, dict[str, float]]:
 
 def pieces(q: Any, k: Any, v: Any, causal: bool) -> list[Piece]:
     """Return a few rows of the first and of the last head."""
-    n, found = q.shape[-2], []
-    for b, h in ((0, 0), (q.shape[0] - 1, q.shape[1] - 1)):
+    found = []
+    for b, h, rows in places(q.shape):
         keys, values = peers.to_host(k[b, h]), peers.to_host(v[b, h])
-        for start in (0, n // 2, max(0, n - 8)):
-            place = (b, h, slice(start, min(start + 8, n)))
-            rows, first = peers.to_host(q[place]), start if causal else None
-            found.append((place, *reference(rows, keys, values, first, str(q.dtype))))
+        queries, first = peers.to_host(q[b, h, rows]), rows.start if causal else None
+        right = reference(queries, keys, values, first, str(q.dtype))
+        found.append(((b, h, rows), *right))
     return found
+
+
+def places(shape: tuple[int, ...]) -> Iterator[tuple[int, int, slice]]:
+    """Yield the batch entry, the head and the rows that are looked at."""
+    batch, heads, n, _ = shape
+    for b, h in ((0, 0), (batch - 1, heads - 1)):
+        for start in (0, n // 2, max(0, n - 8)):
+            yield b, h, slice(start, min(start + 8, n))
 
 
 def reference(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int | None, dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows of attention in float64, and the error allowed in each row.
-
-    Allowed is twice the error of arithmetic that keeps scores and sums in float32 and rounds
-    the weights and the result to the dtype, and a floor for rows where that happens to be exact.
-    `first` is the number of the first row if causal.
-    """
+    """Return what `weighed` does; `first` is the number of the first row if causal."""
     scores = q @ k.T / math.sqrt(q.shape[-1])
     if first is not None:
         rows = first + np.arange(len(q))[:, None]
         scores = np.where(np.arange(len(k)) <= rows, scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    total = weights.sum(-1, keepdims=True)
+    return weighed(scores, v, dtype)
+
+
+def weighed(
+    scores: np.ndarray, v: np.ndarray, dtype: str, sink: float = -math.inf
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of attention in float64 from their scores, and the error allowed in each row.
+
+    Allowed is twice the error of arithmetic that keeps scores and sums in float32 and rounds
+    the weights and the result to the dtype, and a floor for rows where that happens to be exact.
+    `sink` is a score without a key.
+    """
+    highest = np.maximum(scores.max(-1, keepdims=True), sink)
+    weights, unseen = np.exp(scores - highest), np.exp(sink - highest)
+    total = weights.sum(-1, keepdims=True) + unseen
     right = weights @ v / total
 
     kind, wide = np.dtype(dtype), np.float64 if dtype == "float64" else np.float32
-    plain = np.exp((scores - scores.max(-1, keepdims=True)).astype(wide))
-    base = plain.astype(kind).astype(wide) @ v.astype(wide) / plain.sum(-1, keepdims=True)
+    plain = np.exp((scores - highest).astype(wide))
+    sums = plain.sum(-1, keepdims=True) + unseen.astype(wide)
+    base = plain.astype(kind).astype(wide) @ v.astype(wide) / sums
     error = np.abs(base.astype(kind).astype(np.float64) - right).max(-1, keepdims=True)
     # In half types the rounded weights dominate; in wide ones the scores' own rounding does.
     floor = (0.125 if kind.itemsize == 2 else 8) * float(ml_dtypes.finfo(kind).eps)

@@ -1,7 +1,7 @@
 """One case of a sweep: every contestant is checked, and those who are right are timed in turn."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -30,6 +30,8 @@ class Entry:
     contestants: list[Contestant]
     judge: Judge
     ceiling: tuple[Contestant, float] | str  # who sets it and its work, or a measured bandwidth
+    unlike: tuple[Contestant, Judge] | None = None  # who is timed beside them for another answer
+    notes: dict[str, Any] = field(default_factory=dict)  # what else the JSON file says of the case
 
 
 def sweep(
@@ -54,6 +56,10 @@ def measure(
     end = perf_counter() + seconds
     entry = case.build(stopwatch)
     errors, left_out, ready = check(entry.contestants, entry.judge, stopwatch)
+    if entry.unlike:
+        contestant, judge = entry.unlike
+        found = check([contestant], judge, stopwatch)
+        errors, left_out, ready = errors | found[0], left_out | found[1], ready + found[2]
     work = dict.fromkeys((c.name for c in ready), case.work)
     if not isinstance(entry.ceiling, str):
         product, work[CEILING] = entry.ceiling
@@ -63,6 +69,7 @@ def measure(
     measured = times.pop(CEILING, {}).get("rate")
     return {
         "case": case.labels(),
+        **entry.notes,
         "ceiling": bandwidths[entry.ceiling] if isinstance(entry.ceiling, str) else measured,
         "times": times,
         "errors": errors,

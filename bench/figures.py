@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from statistics import mode
+from statistics import median, mode
 from typing import Any
 
 from .contest import CEILING, OURS
@@ -25,6 +25,8 @@ def draw(run: dict, folder: Path) -> list[str]:
     room, gpu = run["room"], slug(run["environment"]["gpu"])
     if room == "paper":
         plots = {f"paper-{part}-{gpu}.svg": partial(paper, part=part) for part in PARTS}
+    elif room == "variants":
+        plots = {f"{room}-{gpu}.svg": bars}
     else:
         plots = {f"{room}-{gpu}.svg": shares if run["unit"] == "TB/s" else rates}
     for name, plot in plots.items():
@@ -66,6 +68,30 @@ def _rates(run: dict) -> dict[str, dict[str, list[Point]]]:
                 lines.setdefault(name, []).append((length, time["rate"] * SCALE))
     full = {t: p for t, p in panels.items() if max(map(len, p.values()), default=0) > 2}
     return full or panels
+
+
+BESIDE = {OURS: "black", "FlexAttention": "C0", "cuDNN": "C1"}  # whose bars are drawn
+
+
+def bars(run: dict, path: Path) -> None:
+    """Draw the rates at each variant, one panel for what else differs."""
+    panels: dict[str, list[dict]] = {}
+    for case in run["cases"]:
+        words = [v if k == "dtype" else f"{k} {v}" for k, v in case["case"].items()]
+        panels.setdefault(", ".join(words[:-1]), []).append(case)
+    figure, axes = grid(len(panels), 2, width=4.5)
+    for panel, (title, cases) in zip(axes, panels.items()):
+        for number, (name, color) in enumerate(BESIDE.items()):
+            at = [place + 0.27 * (number - 1) for place in range(len(cases))]
+            heights = [case["times"].get(name, {"rate": 0.0})["rate"] * SCALE for case in cases]
+            panel.bar(at, heights, 0.25, color=color, label=name)
+        ceilings = [case["ceiling"] * SCALE for case in cases if case["ceiling"]]
+        if ceilings:
+            panel.axhline(median(ceilings), color="gray", linestyle="--", label=CEILING)
+        names = [case["case"]["variant"] for case in cases]
+        panel.set_xticks(range(len(cases)), names, rotation=40, ha="right")
+        panel.set(title=title)
+    finish(figure, axes, path, "variant", run["unit"])
 
 
 def shares(run: dict, path: Path) -> None:
@@ -162,7 +188,7 @@ def _relative(
     return panels
 
 
-def grid(panels: int, most: int) -> tuple[Any, list[Any]]:
+def grid(panels: int, most: int, width: float = 2.4) -> tuple[Any, list[Any]]:
     """Return a figure and that many panels, at most so many side by side."""
     import matplotlib
 
@@ -173,7 +199,7 @@ def grid(panels: int, most: int) -> tuple[Any, list[Any]]:
 
     wide = min(panels, most)
     high = -(-panels // wide)
-    size = (1 + 2.4 * wide, 1 + 2 * high)
+    size = (1 + width * wide, 1 + 2 * high)
     figure, axes = pyplot.subplots(high, wide, squeeze=False, sharey=True, figsize=size)
     for panel in axes.flat[panels:]:
         panel.axis("off")

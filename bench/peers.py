@@ -49,8 +49,10 @@ def jax_with_gpu() -> Any:
 
 
 def as_torch(array: Any) -> Any:
-    """View a CuPy array as a tensor; bfloat16 crosses as int16, which every version takes."""
+    """View a CuPy array as a tensor; bfloat16 and bool cross as what every version takes."""
     torch = torch_with_gpu()
+    if array.dtype == "bool":
+        return torch.from_dlpack(array.view(np.uint8)).view(torch.bool)
     if array.dtype == "bfloat16":
         return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_dlpack(array)
@@ -103,7 +105,7 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool) -> list[Contestant]:
         fused = [("FA2", "FLASH_ATTENTION"), ("cuDNN", "CUDNN_ATTENTION")]
         single = [("mem-efficient", "EFFICIENT_ATTENTION")]
         backends = fused if half else single if dtype == "float32" else [("torch math", "MATH")]
-        found += [_sdpa(name, backend, q, k, v, causal) for name, backend in backends]
+        found += [sdpa(name, backend, q, k, v, causal) for name, backend in backends]
     if half and find("flash_attn.cute.interface"):
         found.append(_flash_attention_4(q, k, v, causal))
     if half and q.shape[-1] == 128 and jax_with_gpu() and find("flash_attn3_jax"):
@@ -119,9 +121,13 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool) -> list[Contestant]:
     return found
 
 
-def _sdpa(name: str, backend: str, q: Any, k: Any, v: Any, causal: bool) -> Contestant:
+def sdpa(
+    name: str, backend: str, q: Any, k: Any, v: Any, causal: bool, mask: Any = None
+) -> Contestant:
+    """Return one backend of PyTorch's attention; a mask is added to scores, or is of bool."""
     torch, nn = torch_with_gpu(), find("torch.nn.attention")
-    tensors = cache(lambda: [as_torch(x) for x in (q, k, v)])
+    given = (q, k, v) if mask is None else (q, k, v, mask)
+    tensors = cache(lambda: [as_torch(x) for x in given])
 
     def scope() -> AbstractContextManager:
         return nn.sdpa_kernel(getattr(nn.SDPBackend, backend))

@@ -1,6 +1,7 @@
 """One run's numbers as a table on the terminal, JSON, a table for the docs and a plot."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from . import figures
@@ -14,19 +15,31 @@ SCALE = 1e-12  # operations and bytes a second are shown as TFLOP/s and TB/s
 def table(run: dict) -> list[list[str]]:
     """Return the header and one row a case; a peer's cell is its time over ours, and its rate."""
     names = list(dict.fromkeys(name for c in run["cases"] for name in c["errors"] if name != OURS))
-    rows = [[*run["cases"][0]["case"], "time", run["unit"], "of ceiling", *names]]
+    last = ["target"] if any(case.get("target") for case in run["cases"]) else []
+    rows = [[*run["cases"][0]["case"], "time", run["unit"], "of ceiling", *names, *last]]
     for case in run["cases"]:
-        mine, cells = case["times"].get(OURS), ["WRONG", "", ""]
+        mine, cells = case["times"].get(OURS), ["WRONG", "", "", *("" for _ in [*names, *last])]
         if mine:
             share = f"{mine['rate'] / case['ceiling']:.2f}" if case["ceiling"] else ""
             cells = [f"{mine['seconds'] * 1e6:.1f} us", _rate(mine["rate"]), share]
             cells += [_beside(mine, case["times"].get(name)) for name in names]
+            cells += [_verdict(case) for _ in last]
         rows.append([*map(str, case["case"].values()), *cells])
     return rows
 
 
 def _beside(mine: dict, peer: dict | None) -> str:
     return f"{peer['seconds'] / mine['seconds']:.2f} x ({_rate(peer['rate'])})" if peer else "-"
+
+
+def _verdict(case: dict) -> str:
+    """Say what the project wants of a ratio to a peer, and whether it is so."""
+    if not (target := case.get("target")):
+        return ""
+    mine, peer = case["times"][OURS], case["times"].get(target["peer"])
+    reached = peer and peer["seconds"] >= target["least"] * mine["seconds"]
+    verdict = "not measured" if peer is None else "met" if reached else "missed"
+    return f"{target['least']:g} x {target['peer']}: {verdict}"
 
 
 def _rate(rate: float) -> str:
@@ -49,6 +62,9 @@ def summary(run: dict) -> list[str]:
         ", ".join(f"{name} {version}" for name, version in where["versions"].items()),
         f"Ceilings measured in this run: {', '.join(ceilings)}",
     ]
+    if kernels := Counter(case["kernel"] for case in run["cases"] if "kernel" in case):
+        ran = ", ".join(f"{kernel} in {count} cases" for kernel, count in kernels.items())
+        lines.append(f"Kernels of cuflash that ran: {ran}")
     for call, times in run["host"].items():
         each = ", ".join(f"{name} {seconds * 1e6:.1f} us" for name, seconds in times.items())
         lines.append(f"Host time of an eager call, {call}: {each}")

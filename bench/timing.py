@@ -87,6 +87,10 @@ class Stopwatch:
         """Return fresh int64 numbers from 0 to high - 1."""
         return self._random.integers(0, high, count, dtype=np.int64, endpoint=False)
 
+    def array(self, numbers: np.ndarray) -> Any:
+        """Return a copy on the device."""
+        return self._cupy.asarray(numbers)
+
     def free_memory(self) -> int:
         """Return the bytes of device memory that nobody holds."""
         return int(self._cupy.cuda.Device().mem_info[0])

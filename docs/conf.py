@@ -33,6 +33,7 @@ sphinx_gallery_conf = {
     # The plot_* scripts run while the pages are built; semantic_search.py, which wants a model's
     # weights, is shown as it stands (and run by its own tests).
     "filename_pattern": r"/plot_",
+    "ignore_pattern": r"gallery_pictures\.py",  # a tool, not an example
     "download_all_examples": False,
     "plot_gallery": True,
     "show_memory": False,

@@ -8,35 +8,70 @@ precision gets: their error is the measure for everybody else's. Both take the u
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+
+# Doubts are counted in this unit, a few roundings of the precision that scores are kept in.
+DOUBT = {"float64": 2.0**-51, "float32": 2.0**-22}
+# Beside inputs of 16 bits the GPU's own tanh serves, tanh.approx.f32: PTX promises it to 2**-10.987
+# of its value. This much of a capped score, in units of doubt, may be wrong with it.
+ROUGH_TANH = 2.0**-10.9 / DOUBT["float32"]
 
 
 class Answer(NamedTuple):
     out: np.ndarray  # [*batch, heads, len_q, d_v]; heads and batch as in q
     lse: np.ndarray  # [*batch, heads, len_q]
     mass: np.ndarray  # [*batch, heads, len_q, d_v], sum over the keys of p |v|
-    # What errors in the scores, each as large as the sum of its |scale q k|, would change at most.
+    # What errors in the scores, each as large as the sum of all that it was made of, would change
+    # at most: of its |scale q k|, and of what variants add.
     out_doubt: np.ndarray  # [*batch, heads, len_q, d_v]
     lse_doubt: np.ndarray  # [*batch, heads, len_q]
-    allowed: np.ndarray  # [*batch, 1, len_q, len_k], True where a query may see a key
+    # [*batch, heads or 1, len_q, len_k], True where a query may see a key
+    allowed: np.ndarray
+
+
+# A user's expression: of score, b, h, i, j, row, len_q and len_k, as arrays that broadcast.
+Function = Callable[..., Any]
+
+
+class Variants(NamedTuple):
+    """What else a user may ask for, in the user's form."""
+
+    softcap: float | None = None
+    alibi: np.ndarray | None = None  # [..., heads]
+    bias: np.ndarray | None = None  # [..., heads, len_q, len_k]
+    mask: np.ndarray | None = None  # [..., heads, len_q, len_k]
+    sinks: np.ndarray | None = None  # [..., heads]
+    score: Function | None = None
+    visible: Function | None = None
 
 
 def attention(
-    q, k, v, *, scale=None, causal=False, window=None, q_start=None, kv_lengths=None
+    q, k, v, *, scale=None, causal=False, window=None, q_start=None, kv_lengths=None, **others
 ) -> Answer:
-    """softmax(scale q k^T) v over the allowed keys; a row without any is 0 with lse -inf."""
+    """softmax(scale q k^T) v over the allowed keys, varied by `others`: the fields of Variants.
+
+    A row without any keys is 0, and its lse the row's sink, or -inf.
+    """
     exact = np.longdouble if q.dtype == np.float64 else np.float64
+    variants = Variants(**others)
     rows, keys, values = heads_repeated(q, k, v, exact)
-    allowed = allowed_keys(rows, keys, values, causal, window, q_start, kv_lengths)
+    at = places(rows, keys, values, q_start, kv_lengths)
+    allowed = allowed_keys(rows, keys, values, causal, window, at)
+    allowed = visible_keys(allowed, variants, at)
+    sink = sinks(variants, exact)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     with np.errstate(all="ignore"):
-        scores = np.where(allowed, scale * (rows @ keys.swapaxes(-1, -2)), -np.inf)
-        top = finite_top(scores)
+        size = abs(scale) * (np.abs(rows) @ np.abs(keys).swapaxes(-1, -2))
+        scores = scale * (rows @ keys.swapaxes(-1, -2))
+        scores, size = varied(scores, size, variants, at, q.dtype)
+        scores = np.where(allowed, scores, -np.inf)
+        top = finite_top(scores, sink)
         p = np.exp(scores - top)
-        total = p.sum(axis=-1, keepdims=True)
+        of_sink = np.exp(sink - top)
+        total = p.sum(axis=-1, keepdims=True) + of_sink
         lse = (top + np.log(total))[..., 0]
         p /= np.where(total == 0, 1, total)
         # A row of v that no query may see is not there, whatever stands in it.
@@ -44,10 +79,11 @@ def attention(
         out = p @ values
         # The rest is about rounding errors and need not be exact. An error of e in the score of
         # key j changes lse by p e and out by p e (v_j - out).
-        rows, keys, values, p = (np.abs(x).astype(np.float64) for x in (rows, keys, values, p))
+        values, p = (np.abs(x).astype(np.float64) for x in (values, p))
         mass = p @ values
-        p *= np.where(allowed, abs(scale) * (rows @ keys.swapaxes(-1, -2)), 0)
-        lse_doubt = p.sum(axis=-1)
+        p *= np.where(allowed & np.isfinite(scores), size, 0).astype(np.float64)
+        of_sink = np.where(np.isfinite(sink), of_sink / total * np.abs(sink), 0)
+        lse_doubt = p.sum(axis=-1) + of_sink[..., 0].astype(np.float64)
         out_doubt = p @ values + lse_doubt[..., None] * np.abs(out).astype(np.float64)
     shape = out.shape if q.ndim > 2 else out.shape[1:]
     return Answer(
@@ -71,6 +107,7 @@ def baselines(
     q_start=None,
     kv_lengths=None,
     precision=None,
+    **others,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Plain evaluations, (out, lse) each, with scores and sums in float32.
 
@@ -83,7 +120,10 @@ def baselines(
     """
     wide = np.float64 if q.dtype == np.float64 else np.float32
     arrays = heads_repeated(q, k, v, wide)
-    allowed = allowed_keys(*arrays, causal, window, q_start, kv_lengths)
+    variants = Variants(**others)
+    at = places(*arrays, q_start, kv_lengths)
+    allowed = visible_keys(allowed_keys(*arrays, causal, window, at), variants, at)
+    sink = sinks(variants, wide)
     attended = allowed.any(axis=-2)[..., None]
     scale = wide(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     found = []
@@ -95,15 +135,17 @@ def baselines(
         fold, exp, log = (
             (wide(math.log2(math.e)), np.exp2, np.log2) if folded else (wide(1), np.exp, np.log)
         )
+        early = wide(1) if has_score(variants) else fold  # what scores are multiplied by at once
         with np.errstate(all="ignore"):
             if sequential:
-                scores = matmul(rows * (scale * fold), keys.swapaxes(-1, -2))
+                scores = matmul(rows * (scale * early), keys.swapaxes(-1, -2))
             else:
-                scores = matmul(rows, keys.swapaxes(-1, -2)) * (scale * fold)
-            scores = np.where(allowed, scores, -np.inf)
-            top = finite_top(scores)
+                scores = matmul(rows, keys.swapaxes(-1, -2)) * (scale * early)
+            scores, _ = varied(scores, wide(0), variants, at, q.dtype)
+            scores = np.where(allowed, scores * (fold / early), -np.inf)
+            top = finite_top(scores, sink * fold)
             p = exp(scores - top)
-            total = p.sum(axis=-1, keepdims=True)
+            total = p.sum(axis=-1, keepdims=True) + exp(sink * fold - top)
             lse = ((top + log(total)) / fold)[..., 0]
             total = np.where(total == 0, 1, total)
             values = np.where(attended, values, 0)
@@ -131,23 +173,86 @@ def merge(outs: Sequence[np.ndarray], lses: Sequence[np.ndarray]) -> tuple[np.nd
         return np.where(weight == 0, 0, weight * parts).sum(axis=0), merged
 
 
-def allowed_keys(q, k, v, causal, window, q_start, kv_lengths) -> np.ndarray:
+def places(q, k, v, q_start, kv_lengths) -> dict[str, np.ndarray]:
+    """Where scores stand, by the names that expressions have for it."""
+    batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    row = np.arange(q.shape[-2])[:, None]
+    length = per_batch(k.shape[-2] if kv_lengths is None else kv_lengths)
+    start = length - q.shape[-2] if q_start is None else per_batch(q_start)
+    return {
+        "b": np.arange(math.prod(batch)).reshape(*batch, 1, 1, 1),
+        "h": np.arange(q.shape[-3])[:, None, None],
+        "i": row + start,
+        "j": np.arange(k.shape[-2]),
+        "row": row,
+        "len_q": np.asarray(q.shape[-2]),
+        "len_k": length,
+    }
+
+
+def allowed_keys(q, k, v, causal, window, at) -> np.ndarray:
     """Which query may see which key, ``[*batch, 1, len_q, len_k]``."""
     len_q, len_k = q.shape[-2], k.shape[-2]
-    i = np.arange(len_q)[:, None]
-    j = np.arange(len_k)
-    length = per_batch(len_k if kv_lengths is None else kv_lengths)
-    start = length - len_q if q_start is None else per_batch(q_start)
+    i, j, length = at["i"], at["j"], at["len_k"]
     allowed = np.broadcast_to(j < length, np.broadcast_shapes(length.shape, (1, len_q, len_k)))
     left, right = window if isinstance(window, tuple) else (window, window)
     if causal:
-        allowed = allowed & (j <= i + start)
+        allowed = allowed & (j <= i)
     if left is not None:
-        allowed = allowed & (j >= i + start - left)
+        allowed = allowed & (j >= i - left)
     if right is not None:
-        allowed = allowed & (j <= i + start + right)
+        allowed = allowed & (j <= i + right)
     batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     return np.broadcast_to(allowed, (*batch, 1, len_q, len_k))
+
+
+def visible_keys(allowed: np.ndarray, variants: Variants, at) -> np.ndarray:
+    """The allowed keys that no variant hides."""
+    if variants.mask is not None:
+        allowed = allowed & variants.mask
+    if variants.visible is not None:
+        allowed = allowed & variants.visible(score=None, **at)
+    return allowed
+
+
+def has_score(variants: Variants) -> bool:
+    given = (variants.softcap, variants.alibi, variants.bias, variants.score)
+    return any(each is not None for each in given)
+
+
+def varied(scores, size, variants: Variants, at, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """What becomes of scores of inputs of this dtype, and how large the errors in them may be.
+
+    `size` is the sum of what the scores were made of. What is added to a score counts by its own
+    size, for a sum is rounded like the larger part. A soft cap makes no error larger, but tanh has
+    one of its own. Of a user's own score it is found out what errors so large do to it.
+    """
+    wide = scores.dtype.type
+    if variants.softcap is not None:
+        cap = wide(variants.softcap)
+        scores = cap * np.tanh(scores / cap)
+        size = size + np.abs(scores) * (1 + (ROUGH_TANH if dtype.itemsize == 2 else 0))
+    if variants.alibi is not None:
+        distance = np.abs(at["i"] - at["j"]).astype(wide)
+        added = np.asarray(variants.alibi).astype(wide)[..., None, None] * distance
+        scores, size = scores - added, size + np.abs(added)
+    if variants.bias is not None:
+        added = np.asarray(variants.bias).astype(wide)
+        scores, size = scores + added, size + np.abs(added)
+    if variants.score is not None:
+        call = lambda score: np.asarray(variants.score(score=score, **at)).astype(wide)
+        error = DOUBT["float64" if dtype == np.float64 else "float32"]
+        spread = np.abs(call(scores + error * size) - call(scores - error * size)) / (2 * error)
+        after = call(scores)  # which need not depend on scores, nor on all that these depend on
+        scores = np.broadcast_to(after, np.broadcast_shapes(after.shape, scores.shape))
+        size = spread + np.abs(scores)
+    return scores, size
+
+
+def sinks(variants: Variants, dtype) -> np.ndarray:
+    """The sink of each row, ``[..., heads, 1, 1]``, -inf where there is none."""
+    given = -np.inf if variants.sinks is None else variants.sinks
+    return np.asarray(given).astype(dtype)[..., None, None]
 
 
 def per_batch(number) -> np.ndarray:
@@ -171,9 +276,9 @@ def one_product_at_a_time(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return total
 
 
-def finite_top(scores: np.ndarray) -> np.ndarray:
-    """The largest score of each row, or 0 in a row that has none."""
-    top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+def finite_top(scores: np.ndarray, sink: np.ndarray) -> np.ndarray:
+    """The largest score of each row, its sink among them, or 0 in a row that has none."""
+    top = np.maximum(scores.max(axis=-1, keepdims=True, initial=-np.inf), sink)
     return np.where(np.isneginf(top), scores.dtype.type(0), top)
 
 

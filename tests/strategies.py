@@ -73,6 +73,38 @@ OUT_LAYOUTS = ("contiguous", "swapped", "inside_out", "gaps", "unaligned", "nega
 # "offset" ones overflow unless the maximum is taken off first.
 VALUES = ("normal", "rising", "falling", "offset")
 
+# How the array of a variant lies, which kernels read in place. "expanded": strides of 0 along the
+# axes it broadcasts along; "transposed": the last axis is not contiguous, nor are any others.
+VARIANT_LAYOUTS = ("contiguous", "transposed", "gaps", "negative", "offset", "expanded")
+# Of one size that kernels are compiled for; the last two mean a copy, for rows begin anywhere.
+VARIANT_DIMS = (64, 40, 48, 33, 63)
+# "holes" of biases and sinks are -inf. A mask's "rows" and "tiles" are hidden, or seen, as a whole.
+SPEC_VALUES = {
+    "alibi": ("normal", "powers"),
+    "bias": ("normal", "large", "holes"),
+    "mask": ("random", "sparse", "rows", "tiles", "all", "nothing"),
+    "sinks": ("normal", "large", "holes"),
+}
+SOFTCAPS = (0.5, 1.0, 8.0, 50.0)
+TILE_OF_KEYS = 64  # that a mask shows or hides as a whole
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The array of a variant: what it has of the axes it broadcasts to, and how it lies."""
+
+    dtype: str = "float32"  # of a mask it is bool
+    values: str = "normal"
+    ones: tuple[bool, ...] = ()  # which axes have length 1, the last one first; no others
+    absent: int = 0  # axes that it lacks in front
+    layout: str = "contiguous"
+
+    def shape(self, target: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape that broadcasts to `target`."""
+        ones = (*self.ones, *[False] * len(target))[: len(target)][::-1]
+        shape = tuple(1 if one else size for one, size in zip(ones, target, strict=True))
+        return shape[min(self.absent, len(shape)) :]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -98,6 +130,11 @@ class Problem:
     q_start: int | str | None = None  # "int32", say: an array of that dtype, one for each batch
     kv_lengths: int | str | None = None  # likewise
     precision: str | None = None
+    softcap: float | None = None
+    alibi: Spec | None = None
+    bias: Spec | None = None
+    mask: Spec | None = None
+    sinks: Spec | None = None
 
     @property
     def heads(self) -> int:
@@ -113,6 +150,7 @@ class Call:
     v: np.ndarray
     options: dict[str, Any] = field(default_factory=dict)
     layouts: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous")
+    lie: dict[str, str] = field(default_factory=dict)  # the layouts of variants' arrays, by name
 
     def on(self, xp: ModuleType) -> tuple[list[Any], dict[str, Any]]:
         """The arrays placed as their layouts say, and the options, for NumPy or CuPy."""
@@ -121,7 +159,9 @@ class Call:
             for array, layout in zip((self.q, self.k, self.v), self.layouts, strict=True)
         ]
         options = {
-            name: xp.asarray(option) if isinstance(option, np.ndarray) else option
+            name: lay_out(option, self.lie.get(name, "contiguous"), xp)
+            if isinstance(option, np.ndarray)
+            else option
             for name, option in self.options.items()
         }
         return arrays, options
@@ -155,7 +195,45 @@ def materialise(problem: Problem) -> Call:
             option = integers(random, low, high, batch, np.dtype(option))
         if option is not None:
             options[name] = option
-    return Call(q, k, v, options, p.layouts)
+    if p.softcap is not None:
+        options["softcap"] = p.softcap
+    heads = q.shape[-3] if q.ndim > 2 else 1
+    lie = {}
+    for name, axes in (("alibi", 1), ("bias", 3), ("mask", 3), ("sinks", 1)):
+        spec = getattr(p, name)
+        if spec is not None:
+            target = (*batch, *(heads, p.len_q, p.len_k)[:axes])
+            options[name], lie[name] = draw_variant(random, name, spec, target), spec.layout
+    return Call(q, k, v, options, p.layouts, lie)
+
+
+def draw_variant(random, name: str, spec: Spec, target: tuple[int, ...]) -> np.ndarray:
+    """The array of alibi, bias, mask or sinks that broadcasts to `target`."""
+    shape = spec.shape(target)
+    if name == "mask":
+        return draw_mask(random, spec.values, shape)
+    drawn = np.asarray(random.standard_normal(shape))
+    if spec.values == "large":
+        drawn = 30 * drawn
+    elif spec.values == "powers":
+        drawn = np.exp2(-np.ceil(4 * np.abs(drawn)))
+    elif spec.values == "holes":
+        drawn = np.where(random.random(shape) < 0.3, -np.inf, drawn)
+    elif name == "alibi":
+        drawn = drawn / 16
+    return np.asarray(drawn, DTYPES[spec.dtype])
+
+
+def draw_mask(random, values: str, shape: tuple[int, ...]) -> np.ndarray:
+    if values in ("all", "nothing"):
+        return np.full(shape, values == "all")
+    if values == "rows" and len(shape) > 1:
+        seen = random.random((*shape[:-1], 1)) < 0.5
+        return seen & (random.random(shape) < 0.9)
+    if values == "tiles" and shape:
+        tiles = random.random((*shape[:-1], -(-shape[-1] // TILE_OF_KEYS))) < 0.5
+        return np.repeat(tiles, TILE_OF_KEYS, axis=-1)[..., : shape[-1]]
+    return np.asarray(random.random(shape) < (0.02 if values == "sparse" else 0.6))
 
 
 def shared_batch(batch: tuple[int, ...], shared: tuple[bool, ...]) -> tuple[int, ...]:
@@ -207,6 +285,30 @@ def place(array: np.ndarray, layout: str, xp: ModuleType) -> Any:
     return view(xp.asarray(host))
 
 
+def lay_out(array: np.ndarray, layout: str, xp: ModuleType) -> Any:
+    """An array of any axes in memory of `xp` as one of VARIANT_LAYOUTS says, NaN in all gaps."""
+    if layout == "transposed":
+        return xp.asarray(np.ascontiguousarray(array.T)).T
+    if layout == "gaps" and array.ndim:
+        host = nan_filled(tuple(2 * size + 1 for size in array.shape), array.dtype)
+        cut = (slice(1, None, 2),) * array.ndim
+    elif layout == "negative" and array.ndim:
+        host = np.empty(array.shape, array.dtype)
+        cut = (slice(None, None, -1),) * array.ndim
+    elif layout == "offset":
+        host = nan_filled((array.size + 3,), array.dtype)
+        host[3:] = array.ravel()
+        return xp.asarray(host)[3:].reshape(array.shape)
+    elif layout == "expanded" and array.ndim:
+        shape = tuple(3 if size == 1 else size for size in array.shape)
+        cut = tuple(slice(0, 1) if size == 1 else slice(None) for size in array.shape)
+        return xp.broadcast_to(xp.asarray(array), shape)[cut]
+    else:
+        return xp.asarray(np.ascontiguousarray(array)).reshape(array.shape)
+    host[cut] = array
+    return xp.asarray(host)[cut]
+
+
 def frame(shape: tuple[int, ...], layout: str):
     """The shape of a buffer with margins, and a function that cuts `shape` out of it.
 
@@ -236,15 +338,20 @@ def nan_filled(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 @st.composite
-def problems(draw: st.DrawFn, **fixed: Any) -> Problem:
-    """Problems of every kind; `fixed` fields are taken as given."""
+def problems(draw: st.DrawFn, variants: bool = False, **fixed: Any) -> Problem:
+    """Problems of every kind; `fixed` fields are taken as given.
+
+    With `variants` there are soft caps, biases and the like too, and few head dims: each choice of
+    variants has kernels of its own.
+    """
 
     def pick(name: str, strategy: st.SearchStrategy) -> Any:
         return fixed[name] if name in fixed else draw(strategy)
 
     lengths = st.integers(0, 20) | st.sampled_from(LENGTHS) | st.integers(0, 160)
     len_q, len_k = pick("len_q", lengths), pick("len_k", lengths)
-    dims = st.sampled_from(DIMS) | st.integers(1, 256)
+    dims = st.sampled_from(VARIANT_DIMS if variants else DIMS)
+    dims = dims if variants else dims | st.integers(1, 256)
     head_dim, head_dim_v = pick("head_dim", dims), pick("head_dim_v", dims)
     room = most_heads(len_q * len_k, head_dim + head_dim_v)
     two_axes = pick("two_axes", st.integers(0, 9).map(lambda n: n == 9))
@@ -278,7 +385,27 @@ def problems(draw: st.DrawFn, **fixed: Any) -> Problem:
         q_start=pick("q_start", st.none() | st.integers(-20, 180) | integer_arrays),
         kv_lengths=pick("kv_lengths", st.none() | st.integers(0, len_k) | integer_arrays),
         precision=pick("precision", st.sampled_from(precisions)),
+        **{
+            name: pick(name, st.none() | strategy) if variants or name in fixed else None
+            for name, strategy in variations(dtype).items()
+        },
     )
+
+
+def variations(dtype: str) -> dict[str, st.SearchStrategy]:
+    """Of each keyword of attention that is a variant, for inputs of this dtype."""
+    specs = {
+        name: st.builds(
+            Spec,
+            dtype=st.just("bool") if name == "mask" else st.sampled_from([dtype, "float32"]),
+            values=st.sampled_from(values),
+            ones=st.tuples(*[st.integers(0, 3).map(lambda n: n == 3)] * 5),
+            absent=st.sampled_from([0, 0, 1, 2]),
+            layout=st.sampled_from(VARIANT_LAYOUTS),
+        )
+        for name, values in SPEC_VALUES.items()
+    }
+    return {"softcap": st.sampled_from(SOFTCAPS), **specs}
 
 
 def most_heads(scores: int, dims: int) -> int:

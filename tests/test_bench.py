@@ -21,6 +21,7 @@ def bench(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(CHECKOUT)])
     names = ("attention", "softmax", "selection", "loss", "rows", "row_peers")
     names += ("paper", "contest", "peers", "report", "timing", "__main__")
+    names += ("variants", "variant_peers", "figures")
     return SimpleNamespace(**{n: importlib.import_module(f"bench.{n}") for n in names})
 
 
@@ -31,6 +32,9 @@ class PretendedStopwatch:
 
     def normal(self, shape, dtype):
         return self.random.standard_normal(shape).astype(dtype)
+
+    def array(self, numbers):
+        return numbers
 
     def integers(self, high, count):
         return self.random.integers(0, high, count)
@@ -138,6 +142,14 @@ def pretended_run(bench, monkeypatch, room, *arguments, fault=0.0):
 
         return peers
 
+    variants = bench.variants.ours
+
+    def variant(*asked):  # NumPy's own kernels
+        right, kernel = variants(*asked)
+        return contestant(right.name, lambda: right.call() * (1 + fault)), kernel
+
+    monkeypatch.setattr(bench.peers, "torch_with_gpu", lambda: None)
+    monkeypatch.setattr(bench.variants, "ours", variant)
     monkeypatch.setattr(bench.peers, "attention", attention)
     monkeypatch.setattr(bench.peers, "free_memory", lambda: None)
     monkeypatch.setattr(bench.peers, "matmul", lambda *_: (contestant("matmul", int), 1e9))
@@ -175,7 +187,11 @@ COMMANDS = {  # and how many cases they are
     "selection": (("--k", "1", "2", "10", *ROWS), 38),
     "loss": (ROWS, 12),
     "paper": (("--batch", "3", "10", "--n", "63", "100", "1000"), 12),
+    "variants": (("--n", "33", "64", "--d", "16", "--dtype"), 22),
 }
+
+
+WITH_PEERS = ("attention", "variants")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -192,7 +208,7 @@ def test_sweep_judges_and_reports(bench, monkeypatch, tmp_path, capsys, room, dt
         assert case["errors"]["cuflash"] <= 1
         assert case["times"]["cuflash"]["samples"] == 5
     bench.report.show(run)
-    assert ("left out: cuDNN" in capsys.readouterr().out) == (room == "attention")
+    assert ("left out: cuDNN" in capsys.readouterr().out) == (room in WITH_PEERS)
     bench.report.save(run, tmp_path)
     assert json.loads((tmp_path / f"{run['room']}.json").read_text()) == run
     drawn = [*tmp_path.glob("*.rst"), *tmp_path.glob("*.svg")]
@@ -226,10 +242,102 @@ def test_default_sweeps(bench):
     assert swept == {1, 5, 10, 15, 30, 50, 256}
     for room in COMMANDS:
         cases = getattr(bench, room).cases(parse([room]))
-        assert len(getattr(bench, room).cases(parse([room, "--quick"]))) < len(cases) / 4
+        assert len(getattr(bench, room).cases(parse([room, "--quick"]))) <= len(cases) / 4
         assert len({tuple(case.labels().items()) for case in cases}) == len(cases)
         assert len({tuple(case.labels()) for case in cases}) == 1  # one header for the table
         assert max(case.memory for case in cases) < 70e9  # a card of 80 GB runs them all
+
+
+def test_default_variants(bench):
+    def cases(*arguments):
+        return bench.variants.cases(bench.__main__.parse(["variants", *arguments]))
+
+    names = set(bench.variants.VARIANTS)
+    shapes = {(c.dtype, c.head_dim, c.length) for c in cases()}
+    assert shapes == {
+        ("bfloat16", *s) for s in ((128, 1024), (128, 4096), (128, 16384), (64, 4096))
+    }
+    assert len(cases()) == 4 * len(names)
+    quick = cases("--quick")
+    assert {c.variant for c in quick} == names
+    assert {c.shape for c in quick} == {(4, 16, 4096, 128)}
+    asked = cases("--dtype", "float16", "--d", "64", "--n", "512", "--variant", "bias", "mask")
+    assert [c.variant for c in asked] == ["bias", "mask"]
+    assert {(c.dtype, c.shape) for c in asked} == {("float16", (32, 32, 512, 64))}
+    assert {c.engine for c in cases("--engine", "portable")} == {"portable"}
+    wanted = {c.variant: c.target()["target"] for c in cases() if c.target()}
+    assert wanted["softcap"] == {"peer": "FlexAttention", "least": 2.0}
+    assert wanted["bias"] == {"peer": "cuDNN", "least": 1.5}
+    assert len(wanted) == sum(bool(c.target()) for c in cases()) == 7
+
+
+def test_operations_of_variants_are_of_the_scores_that_are_seen(bench):
+    batch, n = 16, 1024
+    i, j = np.arange(n)[:, None], np.arange(n)
+    module = bench.variants
+    stopwatch = PretendedStopwatch()
+    for name, variant in module.VARIANTS.items():
+        case = module.Case("bfloat16", 1024, n, name)
+        rule = variant.rule(np.tanh, *variant.draw(stopwatch, case.shape, "float32"))
+        seen = batch * n * n
+        if rule.mask:
+            seen = sum(np.broadcast_to(rule.mask(b, 0, i, j), (n, n)).sum() for b in range(batch))
+        assert case.shape == (batch, 2, n, 1024)
+        exact = 4 * 2 * 1024 * float(seen)
+        assert case.work == pytest.approx(exact, rel=0 if name in ("none", "window") else 0.02)
+
+
+def test_targets_are_printed_beside_the_ratios(bench):
+    def case(ours, peer):
+        times = {
+            name: {"seconds": s, "rate": 1 / s} for name, s in (("cuflash", ours), ("P", peer)) if s
+        }
+        target = {"target": {"peer": "P", "least": 1.5}}
+        errors = {"cuflash": 0.1, "P": 0.1}
+        return {"case": {"N": 1}, "ceiling": None, "times": times, "errors": errors, **target}
+
+    cases = [case(2.0, 3.0), case(2.0, 2.9), case(2.0, None), case(None, 3.0)]
+    cases.append({k: v for k, v in case(2.0, 3.0).items() if k != "target"})
+    header, *rows = bench.report.table({"cases": cases, "unit": "TFLOP/s"})
+    assert header[-2:] == ["P", "target"]
+    assert {len(row) for row in rows} == {len(header)}
+    words = ["1.5 x P: met", "1.5 x P: missed", "1.5 x P: not measured", "", ""]
+    assert [row[-1] for row in rows] == words
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flex_attention_and_masks_compute_the_variants(bench, monkeypatch, dtype):
+    """PyTorch on the CPU, and not compiled: what is asked of it is what cuflash is asked for."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch.nn.attention.flex_attention")
+    # Puts NumPy in everybody's place; PyTorch comes back.
+    pretended_run(bench, monkeypatch, "variants", "--n", "33", "--d", "16", "--variant", "none")
+    monkeypatch.setattr(bench.attention, "TOKENS", 256)
+    monkeypatch.setattr(bench.attention, "WIDTH", 64)
+    monkeypatch.setattr(bench.peers, "torch_with_gpu", lambda: torch)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(bench.variants, "MASKING", (("cuDNN", "MATH"), ("mem-efficient", "MATH")))
+    for name, variant in bench.variants.VARIANTS.items():
+        case = bench.variants.Case(dtype, 16, 128, name)
+        found = bench.contest.measure(case, PretendedStopwatch(), {}, seconds=0.0)
+        expected = {"cuflash", "FlexAttention"} | ({"plain"} if variant.more else set())
+        expected |= {"cuDNN", "mem-efficient"} if variant.masks else set()
+        expected |= {"Flex tanh.approx"} if variant.capped else set()
+        assert expected <= found["errors"].keys()
+        assert found["left_out"].keys() <= {"cuDNN"}  # the pretended one of what is plain
+        assert max(found["errors"].values()) < 3
+
+
+def test_arrays_that_flex_attention_cannot_index_are_not_shown_to_it(bench, monkeypatch):
+    """It would read outside of them, and no kernel runs after that."""
+    torch = SimpleNamespace(tanh=None)
+    monkeypatch.setattr(bench.peers, "torch_with_gpu", lambda: torch)
+    monkeypatch.setattr(bench.peers, "find", lambda name: None)
+    bias = np.broadcast_to(np.float32(0), (16, 16384, 16384))
+    flex = bench.variant_peers.flex
+    (contestant,) = flex([], bench.variants.biased, [bias], by_batch=False, capped=False)
+    with pytest.raises(ValueError, match="32 bits"):
+        contestant.call()
 
 
 def top_judge(bench, order="random", **options):

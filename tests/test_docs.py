@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -22,6 +23,7 @@ from pathlib import Path
 import pytest
 
 import cuflash
+from cuflash._attention.variants import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATED = {"api", "gallery", "_build"}  # by Sphinx; their examples are the docstrings'
@@ -197,6 +199,30 @@ def test_api_page_lists_every_public_name():
         for n in block.split()
     ]
     assert sorted(listed) == sorted(PUBLIC)
+
+
+# --- the gallery of variants --------------------------------------------------------------------
+
+
+def test_gallery_pictures_are_what_the_page_draws():
+    """After a change of the page: python docs/examples/gallery_pictures.py."""
+    script = ROOT / "docs/examples/gallery_pictures.py"
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    drawn = module.pictures((ROOT / "docs/gallery.rst").read_text(encoding="utf-8"))
+    committed = {
+        path.name: path.read_text(encoding="utf-8")
+        for path in (ROOT / "docs/figures").glob("gallery-*.svg")
+    }
+    assert sorted(committed) == sorted(drawn)
+    assert [name for name in drawn if committed[name] != drawn[name]] == []
+
+
+def test_gallery_shows_every_keyword():
+    page = (ROOT / "docs/gallery.rst").read_text(encoding="utf-8")
+    keywords = [entry.keyword for entry in registry.ENTRIES]
+    assert [keyword for keyword in keywords if f" {keyword}=" not in page] == []
 
 
 # --- tables and links ---------------------------------------------------------------------------

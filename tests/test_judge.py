@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import oracle
 import pytest
-from strategies import DTYPES, Call, Problem, materialise
+from strategies import DTYPES, Call, Problem, Spec, materialise
 from tolerance import Reference, reference
 
 PROBLEM = Problem(kv_heads=2, group=2, len_q=50, len_k=90, window=(20, 3), kv_lengths=80)
@@ -73,3 +73,95 @@ def test_a_mistake_is_seen(mistake, dtype):
     call, truth = judged(dtype)
     with pytest.raises(AssertionError, match=r"^(out|lse): "):
         truth.check(*MISTAKES[mistake](call))
+
+
+VARIED = dataclasses.replace(
+    PROBLEM,
+    softcap=8.0,
+    alibi=Spec(values="powers"),
+    bias=Spec(),
+    mask=Spec("bool", "random"),
+    sinks=Spec(values="large"),
+)
+
+
+def moved(name: str, by: int, axis: int):
+    return lambda call: answer(call, **{name: np.roll(call.options[name], by, axis)})
+
+
+VARIANT_MISTAKES = {
+    "no soft cap": lambda call: answer(call, softcap=None),
+    "another soft cap": lambda call: answer(call, softcap=7.0),
+    "alibi of other heads": moved("alibi", 1, 0),
+    "alibi of other rows": lambda call: answer(call, q_start=31, window=(21, 2)),
+    "bias of other rows": moved("bias", 1, -2),
+    "bias of other keys": moved("bias", 1, -1),
+    "bias of other heads": moved("bias", 1, 0),
+    "mask of other keys": moved("mask", 1, -1),
+    "no sinks": lambda call: answer(call, sinks=None),
+    "sinks of other heads": moved("sinks", 1, 0),
+    "a bias is scaled": lambda call: answer(call, bias=call.options["bias"] / 8),
+    "bias before the cap": lambda call: answer(
+        call,
+        softcap=None,
+        alibi=None,
+        bias=None,
+        score=lambda score, h, i, j, row, **_: (
+            8 * np.tanh((score + call.options["bias"]) / 8)
+            - call.options["alibi"][:, None, None] * abs(i - j)
+        ),
+    ),
+}
+
+
+def judged_variants(dtype: str, **changes) -> tuple[Call, Reference]:
+    call = materialise(dataclasses.replace(VARIED, dtype=dtype, **changes))
+    return call, reference(call.q, call.k, call.v, **call.options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_good_answer_with_variants_passes(dtype):
+    for seed in range(5):
+        call, truth = judged_variants(dtype, seed=seed)
+        truth.check(*answer(call))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mistake", VARIANT_MISTAKES)
+def test_a_mistake_about_variants_is_seen(mistake, dtype):
+    call, truth = judged_variants(dtype)
+    with pytest.raises(AssertionError, match=r"^(out|lse): "):
+        truth.check(*VARIANT_MISTAKES[mistake](call))
+
+
+@pytest.mark.parametrize("softcap", [0.5, 8.0, 50.0])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_approximate_tanh_passes_beside_16_bits(dtype, softcap, monkeypatch):
+    """Errors as large as PTX allows: all of one sign, of both signs, and of what helps most."""
+    exact, random = np.tanh, np.random.default_rng(0)
+    size = 2.0**-10.987
+    errors = {
+        "one sign": lambda x: size,
+        "both signs": lambda x: size * random.choice([-1, 1], x.shape),
+        "by size": lambda x: size * np.sign(np.abs(x) - np.median(np.abs(x))),
+        "rounded": lambda x: (exact(x).astype(np.float16) - exact(x)) / exact(x),
+    }
+    for values in ("normal", "rising", "offset"):
+        call, truth = judged_variants(dtype, softcap=softcap, values=values)
+        for error in errors.values():
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    oracle.np, "tanh", lambda x, e=error: (exact(x) * (1 + e(x))).astype(x.dtype)
+                )
+                found = answer(call)
+            truth.check(*found)
+
+
+def test_an_approximate_tanh_is_seen_beside_float32(monkeypatch):
+    call, truth = judged_variants("float32")
+    exact = np.tanh
+    with monkeypatch.context() as patch:
+        patch.setattr(oracle.np, "tanh", lambda x: exact(x) * np.float32(1 + 2.0**-11))
+        found = answer(call)
+    with pytest.raises(AssertionError, match=r"^(out|lse): "):
+        truth.check(*found)

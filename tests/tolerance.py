@@ -29,9 +29,9 @@ FLOOR_TF32 = 2.0**-10
 
 # A score in float32 (float64) carries a few roundings of its own: of the scale, of q or k (one
 # unit in the last place each when they are split), of the product with log2(e). A plain evaluation
-# may escape them, so that many units of the sum of |q k| are allowed. Only for float32 and float64
-# is it more than the floor.
-SCORE = 4
+# may escape them, so that four units of the sum of |q k|, and of what variants add, are allowed:
+# oracle.DOUBT. Only for float32 and float64, and behind an approximate tanh, is it more than the
+# floor.
 
 # CUDA code is compiled with flush-to-zero: float32 (and bfloat16) below the smallest normal
 # number is 0. float16 keeps its subnormals, whose spacing then is the smallest step.
@@ -53,7 +53,7 @@ class Reference:
     out_limit: np.ndarray  # [*batch, heads, len_q, 1]
     lse_limit: np.ndarray  # [*batch, heads, len_q]
     mass: np.ndarray  # [*batch, heads, len_q, 1], the largest sum of p |v| of each row
-    allowed: np.ndarray  # [*batch, 1, len_q, len_k]
+    allowed: np.ndarray  # [*batch, heads or 1, len_q, len_k]
 
     def check(self, out: np.ndarray, lse: np.ndarray | None = None) -> None:
         """Assert that NumPy arrays `out` and `lse` are good."""
@@ -80,7 +80,7 @@ def reference(q, k, v, *, precision=None, out_dtype=None, **options) -> Referenc
         out_error = np.maximum(out_error, error.max(axis=-1, keepdims=True, initial=0))
         lse_error = np.maximum(lse_error, distance(lse, truth.lse))
     floor = FLOOR_TF32 if precision == "tf32" else FLOOR[name]
-    score = SCORE * ROUNDOFF["float64" if name == "float64" else "float32"]
+    score = oracle.DOUBT["float64" if name == "float64" else "float32"]
     out_doubt = score * finite(truth.out_doubt.max(axis=-1, keepdims=True))
     lse_doubt = score * finite(truth.lse_doubt)
     size = np.where(np.isfinite(truth.lse), np.abs(truth.lse), 1).astype(np.float64)

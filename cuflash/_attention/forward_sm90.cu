@@ -201,13 +201,14 @@ struct Multiplier {
 
   // S of the query tile's turn i, the newest, is there; rows see of it what they may.
   __device__ __forceinline__ void have_scores(int i) {
-    const int key = tiles.key(i);
+    const int place = Variant::kHasMask ? smem.key_of(turn) : tiles.key(i);
+    const int key = place & ~1;  // a multiple of kBlockN
     Products::Scores::settle(rows.s);
     release_k(turn);
     if (i + 1 == tiles.count) release_q();
     if (Variant::kHasScore || Variant::kHasMask) {
       const Task& task = smem.known_task(q_turn);
-      rows.vary(params.variant, key, [&](int row) { return task.coordinates(params, row); });
+      rows.vary(params.variant, key, place & 1, [&](int row) { return task.coordinates(params, row); });
     }
     const bool masked = !seen.has_tile(key), turned = !Variant::kHasScore && params.factor != 1;
     if (seldom(masked || turned)) {

@@ -14,7 +14,7 @@ from .. import arrays
 from ..gpu_arrays import capturing
 from ..jit import compile
 from ..jit import gpu as gpus
-from ..jit.launch import Plan, launch
+from ..jit.launch import Plan, launch, workspace
 from ..jit.strides import fold
 from . import plan, tensor_maps
 from .problem import PLAIN, Operands, Problem, sum_dtype
@@ -26,6 +26,13 @@ UNBOUNDED = 1 << 40
 
 _STRIDED = np.dtype([("data", "u8"), ("batch", "i8", BATCH_AXES), ("head", "i8"), ("row", "i8")])
 _DIVISOR = np.dtype([("length", "u4"), ("magic", "u4"), ("shift", "u4")])
+_TILE_BITS = np.dtype(
+    [
+        *[("data", "u8"), ("counter", "u8"), ("batch", "i8", BATCH_AXES), ("head", "i8")],
+        *[("words", "i4"), ("tasks", "i4")],
+    ]
+)
+_COUNTER_BYTES = 16  # of a workspace of tile bits, in front
 _PER_BATCH = np.dtype([("data", "u8"), ("batch", "i8", BATCH_AXES), ("bytes", "i8")])
 
 
@@ -42,7 +49,8 @@ def params_dtype(accumulator: str, variant: Program = PLAIN) -> np.dtype:
     sizes = ("sweeps", "len_q", "len_k", "head_dim", "head_dim_v", "pack_shift")
     sized = [(name, "i4") for name in sizes]
     fields = [*arrays_, *per_batch, *integers, *factors, *divisors, *sized]
-    return np.dtype([*fields, ("variant", variant_dtype(accumulator, variant))], align=True)
+    own = ("variant", variant_dtype(accumulator, variant))
+    return np.dtype([*fields, own, ("bits", _TILE_BITS)], align=True)
 
 
 def variant_dtype(accumulator: str, variant: Program) -> np.dtype:
@@ -109,6 +117,12 @@ def forward(problem: Problem, operands: Operands) -> None:
         return
     for index in np.ndindex(shape[:-BATCH_AXES]):  # more than one only where axes do not collapse
         filled = params(problem, chosen, ready, strides, index)
+        if problem.variant.has_mask:
+            memory = workspace(fill_tile_bits(filled["bits"], problem, chosen, ready))
+            if memory is not None:
+                filled["bits"]["counter"] = memory.data.ptr
+                filled["bits"]["data"] = memory.data.ptr + _COUNTER_BYTES
+            launch(plan.tiles(problem, chosen), filled)
         if plan.is_hopper(chosen):
             filled = mapped(problem, chosen, ready, strides, filled)
         launch(chosen, filled)
@@ -119,7 +133,9 @@ def plans(problem: Problem, operands: Operands) -> list[Plan]:
     given = (x[None] if operands.one_head and x is not None else x for x in operands.given)
     operands = replace(operands, **dict(zip(("out", "lse"), given)))
     shape, _ = collapse(operands, problem.variant)
-    return [planned(problem, operands, operands)[1]] * math.prod(shape[:-BATCH_AXES])
+    problem, chosen = planned(problem, operands, operands)
+    own = [plan.tiles(problem, chosen)] if problem.variant.has_mask else []
+    return [*own, chosen] * math.prod(shape[:-BATCH_AXES])
 
 
 def planned(
@@ -393,6 +409,26 @@ def fill_variant(
     if variant.names_entries:
         filled["entries"] = strides["b"][-BATCH_AXES:]
         filled["first"] = sum(i * stride for i, stride in zip(index, strides["b"]))
+
+
+def fill_tile_bits(
+    filled: np.ndarray, problem: Problem, chosen: plan.AttentionPlan, operands: Operands
+) -> int:
+    """Fill in the struct TileBits but for its memory; return how many bytes that needs."""
+    variant = problem.variant
+    tiles, words = plan.query_tiles(problem, chosen), plan.tile_words(problem, chosen)
+    step = tiles * 2 * words
+    filled["words"] = words
+    filled["tasks"] = tiles * (plan.pairs_of_heads(problem) // chosen.pack)
+    if variant.mask_names("h"):
+        filled["head"] = step
+        step *= problem.heads // chosen.pack
+    lengths = problem.q_start_array or problem.kv_lengths_array
+    if lengths or variant.mask_names("b") or walked(variant, operands):
+        for axis in reversed(range(BATCH_AXES)):
+            filled["batch"][axis] = step
+            step *= problem.batch[axis]
+    return _COUNTER_BYTES + 4 * step
 
 
 def mapped(

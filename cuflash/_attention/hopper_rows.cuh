@@ -225,20 +225,7 @@ struct HopperRows : Rows<HopperProducts> {
       uint32 block[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) block[i] = narrow_pair<Element>(o[c + 2 * i], o[c + 2 * i + 1]);
-#pragma unroll
-      for (int step = 1; step < 4; step *= 2) {
-        const bool odd = lane & step;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (i & step) continue;
-          const uint32 got = __shfl_xor_sync(0xffffffffu, odd ? block[i] : block[i + step], step);
-          if (odd) {
-            block[i] = got;
-          } else {
-            block[i + step] = got;
-          }
-        }
-      }
+      transpose_quad(block);
       if (exists) store_16_bytes(row + 4 * c + 8 * lane, block);
     }
   }

@@ -31,13 +31,24 @@ using KTile = BoxedTile<kBlockN, kHeadDim>;
 using VTile = BoxedTile<kBlockN, kHeadDimV>;
 using OTile = BoxedTile<kBlockM, kHeadDimV>;
 
-// The block goes to and fro over the query tiles, which come with those that see most keys first: so all blocks have as much to do.
+// The block goes to and fro over the query tiles, which come with those that see most keys first: so all blocks have as much to do. Where
+// variants hide places nobody has foreseen how much that is, and each block takes what comes next.
 struct Job {
   int round = 0;
+  uint32 taken = 0;
 
   __device__ __forceinline__ uint32 number() const {
+    if (Variant::kHasMask && round > 0) return taken;
     const uint32 block = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     return round * gridDim.x + block;
+  }
+
+  // All of a warp's lanes together.
+  __device__ __forceinline__ void advance(const TileBits& bits) {
+    ++round;
+    if (!Variant::kHasMask) return;
+    if (threadIdx.x % 32 == 0) taken = gridDim.x + atomicAdd(bits.counter, 1u);
+    taken = __shfl_sync(0xffffffffu, taken, 0);
   }
 };
 
@@ -75,12 +86,29 @@ struct Task {
   KeyTiles tiles;         // that any of the rows sees
   KeyTiles own[kGroups];  // that any of a warpgroup's rows sees
   int row, head, kv_head, batch[2];
+  const uint32* bits;  // where variants hide places: `tiles` count those that are visited
 
   __device__ __forceinline__ Task(const Params& params, const BlockIndex& index)
       : keys(params, index), tiles(keys, 0, kBlockM), row(index.tile * kBlockM), head(index.head), kv_head(index.head) {
     for (int group = 0; group < kGroups; ++group) own[group] = KeyTiles(keys, group * kGroupRows, (group + 1) * kGroupRows);
     params.group.take(kv_head);
     for (int i = 0; i < 2; ++i) batch[i] = index.batch[kBatchAxes - 1 - i];
+    if (Variant::kHasMask) count_visits(params.bits, index);
+  }
+
+  // All of a warp's lanes together. Warpgroups then go through all of the tiles.
+  __device__ __forceinline__ void count_visits(const TileBits& of_all, const BlockIndex& index) {
+    bits = of_all.of(index);
+    int count = 0;
+    for (int word = threadIdx.x % 32; word < of_all.words; word += 32) count += __popc(bits[word]);
+#pragma unroll
+    for (int lane = 1; lane < 32; lane *= 2) count += __shfl_xor_sync(0xffffffffu, count, lane);
+    tiles.first = 0;
+    tiles.count = count;
+    for (int group = 0; group < kGroups; ++group) {
+      own[group].first = 0;
+      own[group].count = group * kGroupRows < keys.rows ? count : 0;
+    }
   }
 
   // What the tile's row i is of.
@@ -123,6 +151,31 @@ struct Task {
   }
 };
 
+// Goes through the key tiles of a task in the order of their turns, from the last to the first.
+struct Walk {
+  int tile, first;
+  const uint32* bits;
+  int word, words;
+  uint32 left = 0;
+
+  __device__ __forceinline__ Walk(const Task& task, const TileBits& of_all)
+      : tile(task.tiles.last() + 1), first(task.tiles.first), bits(task.bits), word(of_all.words), words(of_all.words) {}
+
+  __device__ __forceinline__ bool next() {
+    if (!Variant::kHasMask) return --tile >= first;
+    while (left == 0) {
+      if (word == 0) return false;
+      left = bits[--word];
+    }
+    const int bit = 31 - __clz(left);
+    left ^= 1u << bit;
+    tile = word * 32 + bit;
+    return true;
+  }
+  // Whether some row does not see some key.
+  __device__ __forceinline__ bool partial() const { return bits[words + word] & 1u << tile % 32; }
+};
+
 constexpr int kTasks = 4;  // known at a time: one is being stored, one exponentiated, and two come next
 
 struct SharedMemory {
@@ -134,6 +187,7 @@ struct SharedMemory {
     Barrier task_full[kTasks], task_empty[kTasks], q_full[kQStages][kGroups], q_empty[kQStages][kGroups];
     Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_raw;
     Barrier begun;  // the first K has come; V and the second Q wait for that
+    int keys[2 * kStages];  // where variants hide places: the first key of a turn's tile, plus 1 if it is partial
   };
   static_assert(sizeof(Barriers) <= kTaskList - kBarriers && kTasks * sizeof(Task) <= kBytes - kTaskList, "both have room");
 
@@ -146,6 +200,9 @@ struct SharedMemory {
   }
   __device__ __forceinline__ uint32 k(uint32 turn) const { return base + kK + turn % kStages * KTile::kBytes; }
   __device__ __forceinline__ uint32 v(uint32 turn) const { return base + kV + turn % kStages * VTile::kBytes; }
+
+  // Warps of a warpgroup may still read it when the place of K is given back, but not a turn later.
+  __device__ __forceinline__ int& key_of(uint32 turn) const { return barriers.keys[turn % (2 * kStages)]; }
 
   // Task number `turn`, once it is known.
   __device__ __forceinline__ const Task& task(uint32 turn) const {
@@ -206,7 +263,7 @@ struct Scheduler {
       } else {
         fill_in(hopper.params, task, 0, task.keys.rows);
       }
-      ++job.round;
+      job.advance(hopper.params.bits);
       if (job.number() >= jobs) break;
       task = Task(hopper.params, BlockIndex(hopper.params, job.number()));
     }
@@ -245,21 +302,23 @@ template <bool kIsV> struct Loader {
       const Task task = smem.task(number);
       if (task.keys.rows == 0) return;
 #pragma unroll 1
-      for (int tile = task.tiles.last(); tile >= task.tiles.first; --tile, ++turn) {
+      for (Walk walk(task, hopper.params.bits); walk.next(); ++turn) {
         if (kIsV) {
           if (turn == 0) smem.barriers.begun.wait(0);
-          bring_v(task, tile * kBlockN);
+          bring_v(task, walk.tile * kBlockN);
         } else {
-          bring_k(task, tile * kBlockN);
+          bring_k(task, walk);
           if (turn == 0) begin();
         }
       }
     }
   }
 
-  __device__ __forceinline__ void bring_k(const Task& task, int key) {
+  __device__ __forceinline__ void bring_k(const Task& task, const Walk& walk) {
     const uint32 stage = turn % kStages;
+    const int key = walk.tile * kBlockN;
     smem.barriers.k_empty[stage].wait(turn / kStages - 1);
+    if (Variant::kHasMask && threadIdx.x % 32 == 0) smem.key_of(turn) = key + walk.partial();
     bring_tile<KTile, kBlockN>(smem.k(turn), hopper.k, smem.barriers.k_full[stage],
                                Corner(hopper.params.k, key, task.kv_head, task.batch));
   }

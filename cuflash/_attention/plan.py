@@ -427,6 +427,35 @@ def plan(
     )
 
 
+_WARPS = 4  # of a block of tiles.cu, each for 32 key tiles of a query tile
+
+
+def tiles(problem: Problem, chosen: AttentionPlan) -> Plan:
+    """Plan what finds out which tiles of an attention launch its variants' masks leave."""
+    words = tile_words(problem, chosen)
+    warps = query_tiles(problem, chosen) * (pairs_of_heads(problem) // chosen.pack) * words
+    return Plan(
+        kernel=Kernel(
+            "_attention/tiles.cu",
+            "attention_tiles",
+            chosen.kernel.constants,
+            generated=problem.variant.text + problem.variant.tiles,
+        ),
+        grid=(-(-warps // _WARPS), 1, 1),
+        threads=32 * _WARPS,
+        shared_memory=0,
+        bytes=8 * warps,
+        operations=0,
+        why="masks on ranges of places: which tiles are empty, and which whole",
+    )
+
+
+def tile_words(problem: Problem, chosen: AttentionPlan) -> int:
+    """Words of a bit for each key tile."""
+    keys = int(dict(chosen.kernel.constants)["kBlockN"])
+    return max(1, -(-problem.len_k // (32 * keys)))
+
+
 PARTS = 64  # that one launch merges
 
 

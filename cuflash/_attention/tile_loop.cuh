@@ -48,6 +48,21 @@ struct Divisor {
   }
 };
 
+// Where variants hide places, the key tiles that each query tile visits (tiles.cu): a bit for each in which some row sees some key, then
+// one for each in which some row does not see some key.
+struct TileBits {
+  uint32* data;             // [batch..., heads, query tiles, 2, words]
+  uint32* counter;          // of the query tiles that blocks have taken, beyond the first of each; tiles.cu resets it
+  int64 batch[kBatchAxes];  // in words; 0 along what they do not depend on
+  int64 head;
+  int words;
+  int tasks;                // query tiles, over all heads and batches
+
+  template <typename Index> __device__ __forceinline__ uint32* of(const Index& index) const {
+    return data + index.offset(batch) + index.head * head + index.tile * 2 * words;
+  }
+};
+
 struct Params {
   Strided<const Element> q;            // [batch..., heads, len_q, head_dim]
   Strided<const Element> k;            // [batch..., kv_heads, len_k, head_dim]
@@ -68,6 +83,7 @@ struct Params {
   int len_q, len_k, head_dim, head_dim_v;
   int pack_shift;  // 2^pack_shift query heads that share keys count as one in `heads`, `group` and `len_q`: their rows alternate
   Variant variant;
+  TileBits bits;
 };
 
 constexpr int64 kEndAligned = -(1ll << 62);
@@ -196,6 +212,7 @@ template <typename Products> struct Rows {
   using T = typename Products::T;
   T s[Products::kRows][Products::kScores];
   T o[Products::kRows][Products::kOutputs];
+  static constexpr bool kPairs = Products::kRowLanes == 4;  // a lane's scores are neighbours in pairs
   RunningPair<T> pair[Products::kRows];  // the sum counts this thread's own keys until `finish`
 
   __device__ __forceinline__ void start() {
@@ -214,9 +231,12 @@ template <typename Products> struct Rows {
   // By what scores are multiplied for base 2: those of a variant have it already.
   static __device__ __forceinline__ T scale_of(const Params& params) { return Variant::kHasScore ? T(1) : params.scale_log2; }
 
-  // Scores become what the variant makes of them, and -inf where its mask hides them. `place(i)` says where row i of the block stands.
-  template <typename Where> __device__ __forceinline__ void vary(const Variant& variant, int first_key, Where place) {
+  // Scores become what `change(score, at, step, reads, c)` makes of them, for the key at.key + step. `place(i)` says where row i of the
+  // block stands.
+  template <typename Reads, typename Where, typename Change>
+  __device__ __forceinline__ void change_scores(const Variant& variant, int first_key, Where place, Change change) {
     Variant::Coordinates at[Products::kRows];
+    Reads reads[Products::kRows];
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {
       at[r] = place(Products::row(r));
@@ -224,12 +244,31 @@ template <typename Products> struct Rows {
     }
 #pragma unroll
     for (int c = 0; c < Products::kScores; ++c) {  // what is read by key serves all rows
-      const int step = Products::key(c) - Products::key(0);  // a constant
 #pragma unroll
       for (int r = 0; r < Products::kRows; ++r) {
-        if (Variant::kHasScore) s[r][c] = variant.score(s[r][c], at[r], step);
-        if (Variant::kHasMask && !variant.mask(at[r], step)) s[r][c] = -infinity<T>();
+        if (kPairs && c % 8 == 0) {
+          const int own = 4 * c + threadIdx.x % 4 * 8;
+          reads[r].read(variant, at[r], own < kBlockN ? first_key + own : 1 << 30);
+        }
+        s[r][c] = change(s[r][c], at[r], Products::key(c) - Products::key(0), reads[r], c % 8);
       }
+    }
+  }
+
+  // Scores become what the variant makes of them, and -inf where its mask hides them, which it does nowhere in a tile that is not partial.
+  template <typename Where> __device__ __forceinline__ void vary(const Variant& variant, int first_key, bool partial, Where place) {
+    using At = const Variant::Coordinates&;
+    using ScoreReads = Variant::ScoreReads;
+    using MaskReads = Variant::MaskReads;
+    if (Variant::kHasScore) {
+      change_scores<ScoreReads>(variant, first_key, place, [&](T score, At at, int step, const ScoreReads& reads, int c) {
+        return variant.score<kPairs>(score, at, step, reads, c);
+      });
+    }
+    if (Variant::kHasMask && partial) {
+      change_scores<MaskReads>(variant, first_key, place, [&](T score, At at, int step, const MaskReads& reads, int c) {
+        return variant.mask<kPairs>(at, step, reads, c) ? score : -infinity<T>();
+      });
     }
   }
 
@@ -349,64 +388,75 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
   // Setup: this block's rows, and the keys that any of them may see.
   const BlockIndex index(params);
   const KeyInterval keys(params, index);
-  const int first_tile = keys.begin() / kBlockN;
+  const uint32* bits = Variant::kHasMask ? params.bits.of(index) : nullptr;
+  const auto tile_from = [&](int tile) {  // the first one that is visited
+    if (!Variant::kHasMask) return tile;
+    for (int word = tile / 32; word < params.bits.words; ++word) {
+      const uint32 left = word == tile / 32 ? bits[word] >> tile % 32 << tile % 32 : bits[word];
+      if (left != 0) return word * 32 + __ffs(left) - 1;
+    }
+    return params.len_k / kBlockN + 1;
+  };
+  const int first_tile = tile_from(keys.begin() / kBlockN);
   const Element* q = index.rows_of(params.q, index.head);
   int kv_head = index.head;
   params.group.take(kv_head);
   const Element* k = index.rows_of(params.k, kv_head);
   const Element* v = index.rows_of(params.v, kv_head) + index.first_column;
 
-  const auto k_smem = [&](int tile) {
-    return typename Products::KTile(base + Shared<Products>::kK + tile % kStages * Products::KTile::kBytes);
+  const auto k_smem = [&](int turn) {
+    return typename Products::KTile(base + Shared<Products>::kK + turn % kStages * Products::KTile::kBytes);
   };
-  const auto v_smem = [&](int tile) {
-    return typename Products::VTile(base + Shared<Products>::kV + tile % kStages * Products::VTile::kBytes);
+  const auto v_smem = [&](int turn) {
+    return typename Products::VTile(base + Shared<Products>::kV + turn % kStages * Products::VTile::kBytes);
   };
-  const auto load_k = [&](int tile) {
+  const auto load_k = [&](int tile, int turn) {
     const int begin = keys.begin(), end = keys.end();
-    if (tile * kBlockN < end) fill<kThreads>(k_smem(tile), k, params.k.row, params.head_dim, tile * kBlockN, begin, end);
+    if (tile * kBlockN < end) fill<kThreads>(k_smem(turn), k, params.k.row, params.head_dim, tile * kBlockN, begin, end);
   };
-  const auto load_v = [&](int tile) {
+  const auto load_v = [&](int tile, int turn) {
     const int begin = keys.begin(), end = keys.end(), columns = params.head_dim_v - index.first_column;
-    if (tile * kBlockN < end) fill<kThreads>(v_smem(tile), v, params.v.row, columns, tile * kBlockN, begin, end);
+    if (tile * kBlockN < end) fill<kThreads>(v_smem(turn), v, params.v.row, columns, tile * kBlockN, begin, end);
   };
 
   const typename Products::QTile q_smem(base);
   Rows<Products> rows;
   rows.start();
   fill<kThreads>(q_smem, q, params.q.row, params.head_dim, index.tile * kBlockM, 0, params.len_q);
-  load_k(first_tile);
-  if (kStages == 2) load_v(first_tile);
+  load_k(first_tile, first_tile);
+  if (kStages == 2) load_v(first_tile, first_tile);
 
 #pragma unroll 1
-  for (int tile = first_tile; tile * kBlockN < keys.end(); ++tile) {
+  for (int tile = first_tile, next, turn = first_tile; tile * kBlockN < keys.end(); tile = next, ++turn) {
     const int first_key = tile * kBlockN;
+    next = tile_from(tile + 1);
     copy_async_wait();
     __syncthreads();  // K (and V, of two stages) of this tile are there; every warp is done with the tile before
     if (kStages == 2) {
-      load_k(tile + 1);
-      load_v(tile + 1);
+      load_k(next, turn + 1);
+      load_v(next, turn + 1);
     } else {
-      load_v(tile);
+      load_v(tile, turn);
     }
     const Place place = keys.template place<Products::kWarpRows>(first_key);
     if (place != Place::kOutside) {
       zero(rows.s);
-      Products::scores(rows.s, q_smem, k_smem(tile));
+      Products::scores(rows.s, q_smem, k_smem(turn));
     }
     if (kStages == 1) {
       copy_async_wait();
       __syncthreads();  // V of this tile is there; every warp is done with K
-      load_k(tile + 1);
+      load_k(next, turn + 1);
     }
     if (place == Place::kOutside) continue;
     if (!Variant::kHasScore && params.factor != T(1)) rows.multiply_scores(params.factor);
     if (Variant::kHasScore || Variant::kHasMask) {
-      rows.vary(params.variant, first_key, [&](int row) { return coordinates(params, index, keys, row); });
+      const bool partial = Variant::kHasMask && (bits[params.bits.words + tile / 32] & 1u << tile % 32);
+      rows.vary(params.variant, first_key, partial, [&](int row) { return coordinates(params, index, keys, row); });
     }
     if (place == Place::kBorder) rows.mask(keys, first_key);
     rows.softmax(Rows<Products>::scale_of(params));
-    Products::weigh(rows.o, rows.s, v_smem(tile));
+    Products::weigh(rows.o, rows.s, v_smem(turn));
   }
 
   copy_async_wait();  // where there was no key, Q is still under way

@@ -2,7 +2,7 @@
 //
 // Integers have 32 bits and wrap; // and % round towards minus infinity, and by 0 give 0. minimum and maximum are NaN where either is.
 // An index outside of an array is moved to its nearest end.
-#include "device/types.cuh"
+#include "device/mma.cuh"
 
 namespace expression {
 
@@ -121,6 +121,40 @@ template <typename Number> struct Value {
   template <typename T> static __device__ __forceinline__ Number of(T x) { return Number(widen(x)); }
 };
 
+// Of 32 elements of a row, the two neighbours of each 8 that an accumulator's lane has (device/mma.cuh). Each of a row's four lanes reads
+// 8 elements at once, and they exchange: a quarter of the requests to memory, or less.
+template <typename T> struct Pairs {
+  static_assert(sizeof(T) == 2, "two fill a word");
+  uint32 words[4];
+
+  // `first`: of this lane's 8, at a multiple of their size.
+  __device__ __forceinline__ void read(const T* first, bool exists) {
+    asm("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %5, 0;\n\tmov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\tmov.b32 %2, 0;\n\tmov.b32 %3, 0;\n\t"
+        "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n\t}"
+        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(first), "r"(int(exists)));
+    transpose_quad(words);
+  }
+  __device__ __forceinline__ T at(int c) const { return {uint16(words[c / 2] >> c % 2 * 16)}; }
+};
+
+// A lane's 8 are two words, of four pieces for the four lanes.
+template <> struct Pairs<bool> {
+  uint32 words[2];
+
+  __device__ __forceinline__ void read(const bool* first, bool exists) {
+    uint32 x[2];
+    asm("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %3, 0;\n\tmov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\t@p ld.global.nc.v2.b32 {%0, %1}, [%2];\n\t}"
+        : "=r"(x[0]), "=r"(x[1]) : "l"(first), "r"(int(exists)));
+    const bool back = threadIdx.x & 2, odd = threadIdx.x & 1;
+    const uint32 far = __shfl_xor_sync(0xffffffffu, back ? x[0] : x[1], 2);
+    const uint32 one = back ? far : x[0], other = back ? x[1] : far;  // of the blocks odd, and odd + 2
+    const uint32 near = __shfl_xor_sync(0xffffffffu, __byte_perm(one, other, odd ? 0x5410 : 0x7632), 1);
+    words[0] = __byte_perm(one, near, odd ? 0x3254 : 0x5410);
+    words[1] = __byte_perm(other, near, odd ? 0x3276 : 0x7610);
+  }
+  __device__ __forceinline__ bool at(int c) const { return words[c / 4] & 0xffu << c % 4 * 8; }
+};
+
 constexpr int kBatchAxes = 4;
 
 // An array that expressions index along kAxes axes; along the batch it is walked with the operands. Strides in elements; kUnit: the last is 1.
@@ -140,6 +174,14 @@ template <typename T, int kAxes, bool kUnit> struct Array {
   __device__ __forceinline__ T along(const int (&entry)[kBatchAxes], int key, int step, Index... indices) const {
     const T* first = begin(entry) + offset(0, indices...) + key * stride(kAxes - 1);
     return constant_if(step < lengths[kAxes - 1] - key, first + step * stride(kAxes - 1));
+  }
+
+  // Of the 32 elements whose last index begins 8 below `key` for each lane of a row before this one: those of this lane.
+  template <typename... Index>
+  __device__ __forceinline__ Pairs<T> pairs(const int (&entry)[kBatchAxes], int key, Index... indices) const {
+    Pairs<T> found;
+    found.read(begin(entry) + offset(0, indices...) + key, key + 8 <= lengths[kAxes - 1]);
+    return found;
   }
 
   __device__ __forceinline__ const T* begin(const int (&entry)[kBatchAxes]) const {

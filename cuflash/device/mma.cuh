@@ -19,6 +19,24 @@ __device__ __forceinline__ void store_matrices(uint32 row, uint32 a, uint32 b, u
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+// Of a row's four lanes, lane l has words l 0, l 1, l 2, l 3; then 0 l, 1 l, 2 l, 3 l.
+__device__ __forceinline__ void transpose_quad(uint32 (&x)[4]) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool odd = threadIdx.x & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const uint32 got = __shfl_xor_sync(0xffffffffu, odd ? x[i] : x[i + step], step);
+      if (odd) {
+        x[i] = got;
+      } else {
+        x[i + step] = got;
+      }
+    }
+  }
+}
+
 // mma.m16n8k16, PTX ISA 9.7.14.5.8: c += a b, with a 16 x 16, b 16 x 8, both 16-bit. sm_75 has the half-long m16n8k8 only.
 template <typename Element>
 __device__ __forceinline__ void mma_16x8x16(float& c0, float& c1, float& c2, float& c3, const uint32 (&a)[4],

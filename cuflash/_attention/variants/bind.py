@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from ... import arrays
-from ...jit.strides import in_elements
+from ...jit.strides import address, in_elements
 from ..problem import Operands
 from . import registry
-from .kinds import ARRAYS, Kind
+from .kinds import ARRAYS, IN_PAIRS, Kind
 from .program import Program, Step, program
 from .variant import Part, Variant
 
@@ -130,4 +130,8 @@ def _kind(label: str, value: Any, axes: int, operands: Operands, dtypes: tuple[s
     if math.prod(value.shape) and not in_elements(value):
         raise ValueError(f"`{label}` must begin, and have strides, at whole elements")
     unit = value.shape[-1] <= 1 or value.strides[-1] == value.itemsize
-    return Kind(dtype, axes, unit, value.shape[-1] >= operands.k.shape[-2])
+    eight = 8 * value.itemsize
+    strides = (stride for stride, length in zip(value.strides[:-1], value.shape) if length > 1)
+    aligned = dtype in IN_PAIRS and unit and value.shape[-1] % 8 == 0
+    aligned = aligned and all(each % eight == 0 for each in (address(value), *strides))
+    return Kind(dtype, axes, unit, value.shape[-1] >= operands.k.shape[-2], aligned)

@@ -39,13 +39,24 @@ struct Variant {{
 {members}  int64 entries[expression::kBatchAxes];  // what a step along each axis adds to b
   int64 first;                            // b of the launch's first entry
 
-  // log2(e) times what becomes of q k, for the key at.key + step.
-  __device__ __forceinline__ Number score(Number score, const Coordinates& at, int step) const {{
+{score_reads}{mask_reads}
+  // log2(e) times what becomes of q k, for the key at.key + step. `c`: which of this lane's elements of 32 keys that is.
+  template <bool kPairs>
+  __device__ __forceinline__ Number score(Number score, const Coordinates& at, int step, const ScoreReads& reads, int c) const {{
 {scores}    return score;
   }}
-  __device__ __forceinline__ bool mask(const Coordinates& at, int step) const {{ return {mask}; }}
+  template <bool kPairs> __device__ __forceinline__ bool mask(const Coordinates& at, int step, const MaskReads& reads, int c) const {{
+    return {mask};
+  }}
   __device__ __forceinline__ Number sink(const Coordinates& at) const {{ return {sink}; }}
 }};
+"""
+_READS = """
+  struct {struct} {{
+{members}    // Of the 32 keys that begin 8 below `key` for each lane of a row before this one.
+    __device__ __forceinline__ void read(const Variant& variant, const Coordinates& at, int key) {{
+{reads}    }}
+  }};
 """
 _APPROXIMATE = ("exp", "log", "tanh", "sqrt")
 _SMALL = 1 << 20  # constants that may be added to a difference of places without wrapping
@@ -65,39 +76,60 @@ class Trees:
 def struct(variants: Sequence[Trees], slots: Sequence[Kind]) -> str:
     """The struct Variant for variants that follow one another, with `slots` p0, p1, ... in it."""
     scores = [each for each in variants if each.score]
-    masks = [Writer(each).value(each.mask) for each in variants if each.mask]
     sinks = [Writer(each).scaled(each.sink, (LOG2_E,)) for each in variants if each.sink]
+    score_reads, mask_reads = Reads(), Reads()
+    masks = [Writer(each, mask_reads).value(each.mask) for each in variants if each.mask]
     lines = [
         f"static constexpr bool kHasScore = {_bool(scores)}, kHasMask = {_bool(masks)};",
         f"static constexpr bool kHasSink = {_bool(sinks)};",
         *(f"{_declaration(kind)} p{number};" for number, kind in enumerate(slots)),
     ]
-    members = "".join(f"  {line}\n" for line in lines)
-    scored = _scores(scores)
+    scored = _scores(scores, score_reads)
     return _STRUCT.format(
-        members=members,
+        members="".join(f"  {line}\n" for line in lines),
+        score_reads=score_reads.text("ScoreReads"),
+        mask_reads=mask_reads.text("MaskReads"),
         scores="".join(f"    score = {text};\n" for text in scored),
         mask=" & ".join(masks) or "true",
         sink=sinks[0] if sinks else "-infinity<Number>()",
     )
 
 
-def _scores(variants: Sequence[Trees]) -> list[str]:
+def _scores(variants: Sequence[Trees], reads: Reads) -> list[str]:
     """What becomes of a score, step by step: the first has the scale to apply, the last log2(e)."""
     texts = []
     for number, each in enumerate(variants):
         assert each.score is not None
         last = number == len(variants) - 1
-        writer = Writer(each, raw_score=number == 0)
+        writer = Writer(each, reads, raw_score=number == 0)
         texts.append(writer.scaled(each.score, (LOG2_E,) if last else ()))
     return texts
+
+
+class Reads:
+    """The elements that are read along the keys, 32 keys at a time."""
+
+    def __init__(self) -> None:
+        self.members: dict[str, tuple[str, str]] = {}  # by what is read: name, type
+
+    def name(self, array: str, kind: Kind, indices: str) -> str:
+        """The member for what stands in an array at some indices and the key."""
+        what = f"variant.{array}.pairs(at.entry, key{indices})"
+        number = f"r{len(self.members)}"
+        return self.members.setdefault(what, (number, f"expression::Pairs<{kind.element}>"))[0]
+
+    def text(self, struct: str) -> str:
+        """The struct that holds them."""
+        members = "".join(f"    {kind} {name};\n" for name, kind in self.members.values())
+        reads = "".join(f"      {name} = {what};\n" for what, (name, _) in self.members.items())
+        return _READS.format(struct=struct, members=members, reads=reads)
 
 
 class Writer:
     """Writes one expression; `names` says how parameters are spelt, `kinds` what they are."""
 
-    def __init__(self, variant: Trees, raw_score: bool = False) -> None:
-        self.names, self.kinds = variant.names, variant.kinds
+    def __init__(self, variant: Trees, reads: Reads | None = None, raw_score: bool = False) -> None:
+        self.names, self.kinds, self.reads = variant.names, variant.kinds, reads
         # The product q k, to which the scale is still to be applied.
         self.raw_score = raw_score
 
@@ -166,9 +198,12 @@ class Writer:
 
     def element(self, node: Node) -> str:
         name, places = self.names[node.value], node.operands
-        if _is_key(places[-1]) and self.kinds[node.value].keys:
+        kind = self.kinds[node.value]
+        if _is_key(places[-1]) and kind.keys:
             others = "".join(f", {self.value(place)}" for place in places[:-1])
             read = f"{name}.along(at.entry, at.key, step{others})"
+            if self.reads and kind.aligned and all(map(_same_for_all_keys, places[:-1])):
+                read = f"(kPairs ? reads.{self.reads.name(name, kind, others)}.at(c) : {read})"
         else:
             read = f"{name}.at(at.entry, {', '.join(self.value(place) for place in places)})"
         return f"expression::Value<Number>::of({read})"
@@ -191,14 +226,9 @@ def _all(node: Node) -> Iterator[Node]:
         yield from _all(each)
 
 
-def names_entries(variant: Trees) -> bool:
-    """Whether an expression names b."""
-    trees = (tree for tree in (variant.score, variant.mask, variant.sink) if tree)
-    return any(
-        node.operation == "coordinate" and node.value == "b"
-        for tree in trees
-        for node in _all(tree)
-    )
+def names(tree: Node, coordinate: str) -> bool:
+    """Whether an expression names a coordinate."""
+    return any(node.operation == "coordinate" and node.value == coordinate for node in _all(tree))
 
 
 def _declaration(kind: Kind) -> str:

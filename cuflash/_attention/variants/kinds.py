@@ -15,6 +15,7 @@ ARRAYS: dict[str, Type] = {
     "float32": "float",
     "float64": "float",
 }
+IN_PAIRS = ("bool", "float16", "bfloat16")  # that kernels read 8 at a time, where aligned
 _ELEMENTS = {"int32": "int"}  # in CUDA C++, where the names differ
 
 
@@ -32,12 +33,15 @@ class Kind:
         The array's last axis is contiguous.
     keys : bool
         It has at least as many elements as there are keys.
+    aligned : bool
+        Along it, each 8 elements stand at a multiple of their size, and it has a multiple of 8.
     """
 
     dtype: str
     axes: int = 0
     unit: bool = False
     keys: bool = False
+    aligned: bool = False
 
     @property
     def type(self) -> Type:

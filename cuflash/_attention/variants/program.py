@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import cuda
+from . import cuda, tiles
 from .expression import Node, evaluate, parse
 from .kinds import Kind
 
@@ -45,7 +45,13 @@ class Program:
         for step in steps:
             self.trees.append(_translated(step, dict(zip((name for name, _ in step.kinds), names))))
         self.text = cuda.struct(self.trees, self.slots)
-        self.names_entries = any(map(cuda.names_entries, self.trees))
+        self.tiles = tiles.function(self.trees) if self.has_mask else ""
+        self.names_entries = any(
+            cuda.names(tree, "b")
+            for each in self.trees
+            for tree in (each.score, each.mask, each.sink)
+            if tree
+        )
 
     def __str__(self) -> str:
         return ", ".join(step.name for step in self.steps)
@@ -57,6 +63,10 @@ class Program:
     @property
     def has_mask(self) -> bool:
         return any(each.mask for each in self.trees)
+
+    def mask_names(self, coordinate: str) -> bool:
+        """Whether a mask depends on this coordinate."""
+        return any(cuda.names(each.mask, coordinate) for each in self.trees if each.mask)
 
     @property
     def reworks(self) -> bool:

@@ -54,7 +54,7 @@ def test_not_an_array(xp, name, value):
 @arrays
 def test_dtype(xp, name):
     allowed = "bool" if name == "mask" else "float16 or bfloat16 or float32 or float64"
-    wrong = ["int32", "int64", "uint8", "float32" if name == "mask" else "bool"]
+    wrong = ["int32", "int64", "uint32", "float32" if name == "mask" else "bool"]
     for dtype in wrong:
         array = made(xp, name, dtype=dtype)
         rejects(TypeError, name, allowed, dtype, **good(xp, **{name: array}))
@@ -163,9 +163,12 @@ WRONG_TYPES = {
 
 @pytest.mark.parametrize("words", WRONG_TYPES)
 def test_types_of_expressions(xp, words):
-    variant = Variant(**WRONG_TYPES[words])
-    variant = variant(x=xp.ones(3)) if variant.missing else variant
-    refused(ValueError, words, lambda: cuflash.attention(**good(xp, variant=variant)))
+    def called():
+        variant = Variant(**WRONG_TYPES[words])  # refused at once where no parameter is lacking
+        variant = variant(x=xp.ones(3)) if variant.missing else variant
+        cuflash.attention(**good(xp, variant=variant))
+
+    refused(ValueError, words, called)
 
 
 # Binding.
@@ -221,7 +224,7 @@ OWN = Variant("score + x[h, j]")
 def test_axes_of_an_array(xp):
     for shape in ((), (4,), (2, 4, 7), (1, 1, 1)):
         arguments = good(xp, variant=OWN(x=xp.ones(shape, "float32")))
-        rejects(ValueError, "variant's x", "2 axes", shape, **arguments)
+        rejects(ValueError, "variant's x", "as many axes as subscripts, 2", shape, **arguments)
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (4, 0)])
@@ -230,10 +233,10 @@ def test_empty_arrays(xp, shape):
     rejects(ValueError, "variant's x", "must have elements", shape, **arguments)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize("dtype", ["uint32", "uint64", "complex64"])
 def test_dtype_of_an_array(xp, dtype):
     arguments = good(xp, variant=OWN(x=xp.ones((4, 7), dtype)))
-    rejects(TypeError, "variant's x", "int32 or int64", dtype, **arguments)
+    rejects(TypeError, "variant's x", "int32", dtype, **arguments)
 
 
 @pytest.mark.parametrize("value", [1.0, [1.0], "x", object()])
@@ -241,15 +244,14 @@ def test_not_an_array_in_a_variant(xp, value):
     rejects(TypeError, "variant's x", type(value).__name__, **good(xp, variant=OWN(x=value)))
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="reported: None passes take()")
 def test_none_for_an_array_in_a_variant(xp):
     rejects(TypeError, "variant's x", "None", **good(xp, variant=OWN(x=None)))
 
 
 def test_the_second_of_two_variants_is_named(xp):
     first = OWN(x=xp.ones((4, 7), "float32"))
-    variant = first & OWN(x=xp.ones((4, 7), "uint8"))
-    rejects(TypeError, "variant's x (2)", "uint8", **good(xp, variant=variant))
+    variant = first & OWN(x=xp.ones((4, 7), "uint32"))
+    rejects(TypeError, "variant's x (2)", "uint32", **good(xp, variant=variant))
 
 
 def test_host_and_device_mixed_in_a_variant(cp):

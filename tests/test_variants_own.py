@@ -323,13 +323,11 @@ def test_numbers_are_known_apart(a, b):
     assert variant(x=a).key == variant(x=a).key
 
 
-@pytest.mark.xfail(strict=True, reason="reported: 0.0 == -0.0, which a short way mixes up")
 def test_zeros_are_known_apart():
     variant = Variant("where(1 / x > 0, score, -score)")
     assert variant(x=0.0).key != variant(x=-0.0).key
 
 
-@pytest.mark.xfail(strict=True, reason="reported: a parameter named self")
 def test_a_parameter_may_have_any_name():
     assert not Variant("score * self")(self=2.0).missing
 

@@ -127,8 +127,10 @@ def attention(
     Notes
     -----
     Scores and sums accumulate in float32 (float64 for float64). A row that sees no key gives 0,
-    and -inf in lse. What lies in masked places, NaN and infinity included, never reaches a result;
-    a NaN or infinity in a row of v that some query sees may reach other queries, as in ``p @ v``.
+    and -inf in lse, or its sink. Scores and biases of hidden places, NaN and infinity included,
+    never reach a result, nor do rows of v past `kv_lengths` or outside of every query's window; a
+    NaN or infinity in a row of v that some query sees, or that only `mask` or `variant` hide, may
+    reach other queries, as in ``p @ v``.
 
     Views are used in place when their last axis is contiguous and, on a GPU, every row begins at
     a multiple of 16 bytes; q, k or v for which this is not so is copied once. The answer is bitwise
@@ -304,7 +306,7 @@ def prepare(
     dtype = check.common_dtype(native, ("q", "k", "v"))
     operands = check.inputs(native)
     check.integers(caller, operands, start, length)
-    program, operands.values = bind.bind(asked, native, operands)
+    program, operands.values = bind.bind(asked, native, operands, dtype)
     if length is not None:
         operands.k, operands.v = operands.k[..., :length, :], operands.v[..., :length, :]
     left, right = check.useful_sides(operands, start, left, 0 if causal else right)

@@ -43,6 +43,7 @@ struct Multiplier {
   uint32 q_turn = 0, turn = 0;  // the newest
   KeyTiles tiles{0, 0};         // of the newest query tile, that this warpgroup's rows see
   SeenByAll seen;
+  HopperRows::ScoresAlong along;
 
   __device__ __forceinline__ Multiplier(const HopperParams& hopper, SharedMemory smem) : hopper(hopper), params(hopper.params), smem(smem) {
     group = in_common(int(threadIdx.x) / 128);
@@ -60,6 +61,7 @@ struct Multiplier {
       start_scores(turn);
       let_next_go();
       look_at_keys();
+      look_up(0);
       products_wait<0>();
       have_scores(0);
       rows.begin(rows.scale_of(params));
@@ -100,6 +102,7 @@ struct Multiplier {
       wait_to_be_let_go(group);
       start_scores(++turn);
       start_outputs(turn - 1, i > 1, [&] { let_next_go(); });
+      look_up(i);
       products_wait<1>();
       have_scores(i);
       if (i + 1 < count) wait_for_k(turn + 1);  // now, so that its product will be started at once
@@ -121,6 +124,7 @@ struct Multiplier {
       start_outputs(last, count > 1, [&] { let_next_go(); });
       look_at_keys();
       rows.close(params, task, inverse);
+      look_up(0);
       products_wait<1>();
       have_scores(0);
       rows.begin(rows.scale_of(params));
@@ -199,16 +203,24 @@ struct Multiplier {
     Products::start_outputs(rows.o, rows.p, v_matrix + turn % kStages * (VTile::kBytes / 16), adds, before_last);
   }
 
-  // S of the query tile's turn i, the newest, is there; rows see of it what they may.
+  // The first key of the query tile's turn i, the newest, plus 1 where a mask hides some place.
+  __device__ __forceinline__ int place_of(int i) const { return Variant::kHasMask ? smem.key_of(turn) : tiles.key(i); }
+
+  // What a variant reads for the scores of turn i, while they are under way.
+  __device__ __forceinline__ void look_up(int i) {
+    const Task& task = smem.known_task(q_turn);
+    rows.look_up(along, params.variant, place_of(i) & ~1, [&](int row) { return task.coordinates(params, row); });
+  }
+
+  // S of turn i is there; rows see of it what they may.
   __device__ __forceinline__ void have_scores(int i) {
-    const int place = Variant::kHasMask ? smem.key_of(turn) : tiles.key(i);
-    const int key = place & ~1;  // a multiple of kBlockN
+    const int place = place_of(i), key = place & ~1;  // a multiple of kBlockN
     Products::Scores::settle(rows.s);
     release_k(turn);
     if (i + 1 == tiles.count) release_q();
     if (Variant::kHasScore || Variant::kHasMask) {
       const Task& task = smem.known_task(q_turn);
-      rows.vary(params.variant, key, place & 1, [&](int row) { return task.coordinates(params, row); });
+      rows.vary(params.variant, along, key, place & 1, [&](int row) { return task.coordinates(params, row); });
     }
     const bool masked = !seen.has_tile(key), turned = !Variant::kHasScore && params.factor != 1;
     if (seldom(masked || turned)) {

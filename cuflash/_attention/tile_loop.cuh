@@ -231,12 +231,29 @@ template <typename Products> struct Rows {
   // By what scores are multiplied for base 2: those of a variant have it already.
   static __device__ __forceinline__ T scale_of(const Params& params) { return Variant::kHasScore ? T(1) : params.scale_log2; }
 
-  // Scores become what `change(score, at, step, reads, c)` makes of them, for the key at.key + step. `place(i)` says where row i of the
-  // block stands.
+  // What a variant reads along the keys of a tile, for each row.
+  template <typename Reads> struct Along { Reads at[(Products::kScores + 7) / 8][Products::kRows]; };
+  using ScoresAlong = Along<Variant::ScoreReads>;
+  using MaskAlong = Along<Variant::MaskReads>;
+
+  // Has all loads under way. `place(i)` says where row i of the block stands.
+  template <typename Reads, typename Where>
+  static __device__ __forceinline__ void look_up(Along<Reads>& along, const Variant& variant, int first_key, Where place) {
+    if (!kPairs) return;
+#pragma unroll
+    for (int c = 0; c < Products::kScores; c += 8) {
+      const int own = 4 * c + threadIdx.x % 4 * 8;
+#pragma unroll
+      for (int r = 0; r < Products::kRows; ++r) {
+        along.at[c / 8][r].load(variant, place(Products::row(r)), own < kBlockN ? first_key + own : 1 << 30);
+      }
+    }
+  }
+
+  // Scores become what `change(score, at, step, reads, c)` makes of them, for the key at.key + step.
   template <typename Reads, typename Where, typename Change>
-  __device__ __forceinline__ void change_scores(const Variant& variant, int first_key, Where place, Change change) {
+  __device__ __forceinline__ void change_scores(Along<Reads>& along, int first_key, Where place, Change change) {
     Variant::Coordinates at[Products::kRows];
-    Reads reads[Products::kRows];
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {
       at[r] = place(Products::row(r));
@@ -246,27 +263,26 @@ template <typename Products> struct Rows {
     for (int c = 0; c < Products::kScores; ++c) {  // what is read by key serves all rows
 #pragma unroll
       for (int r = 0; r < Products::kRows; ++r) {
-        if (kPairs && c % 8 == 0) {
-          const int own = 4 * c + threadIdx.x % 4 * 8;
-          reads[r].read(variant, at[r], own < kBlockN ? first_key + own : 1 << 30);
-        }
-        s[r][c] = change(s[r][c], at[r], Products::key(c) - Products::key(0), reads[r], c % 8);
+        if (kPairs && c % 8 == 0) along.at[c / 8][r].exchange();
+        s[r][c] = change(s[r][c], at[r], Products::key(c) - Products::key(0), along.at[c / 8][r], c % 8);
       }
     }
   }
 
-  // Scores become what the variant makes of them, and -inf where its mask hides them, which it does nowhere in a tile that is not partial.
-  template <typename Where> __device__ __forceinline__ void vary(const Variant& variant, int first_key, bool partial, Where place) {
+  // Scores become what the variant makes of them, with what was looked up for them, and -inf where its mask hides them, which it does
+  // nowhere in a tile that is not partial.
+  template <typename Where>
+  __device__ __forceinline__ void vary(const Variant& variant, ScoresAlong& along, int first_key, bool partial, Where place) {
     using At = const Variant::Coordinates&;
-    using ScoreReads = Variant::ScoreReads;
-    using MaskReads = Variant::MaskReads;
     if (Variant::kHasScore) {
-      change_scores<ScoreReads>(variant, first_key, place, [&](T score, At at, int step, const ScoreReads& reads, int c) {
+      change_scores(along, first_key, place, [&](T score, At at, int step, const Variant::ScoreReads& reads, int c) {
         return variant.score<kPairs>(score, at, step, reads, c);
       });
     }
     if (Variant::kHasMask && partial) {
-      change_scores<MaskReads>(variant, first_key, place, [&](T score, At at, int step, const MaskReads& reads, int c) {
+      MaskAlong mask;
+      look_up(mask, variant, first_key, place);
+      change_scores(mask, first_key, place, [&](T score, At at, int step, const Variant::MaskReads& reads, int c) {
         return variant.mask<kPairs>(at, step, reads, c) ? score : -infinity<T>();
       });
     }
@@ -452,7 +468,10 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
     if (!Variant::kHasScore && params.factor != T(1)) rows.multiply_scores(params.factor);
     if (Variant::kHasScore || Variant::kHasMask) {
       const bool partial = Variant::kHasMask && (bits[params.bits.words + tile / 32] & 1u << tile % 32);
-      rows.vary(params.variant, first_key, partial, [&](int row) { return coordinates(params, index, keys, row); });
+      const auto at = [&](int row) { return coordinates(params, index, keys, row); };
+      typename Rows<Products>::ScoresAlong along;
+      rows.look_up(along, params.variant, first_key, at);
+      rows.vary(params.variant, along, first_key, partial, at);
     }
     if (place == Place::kBorder) rows.mask(keys, first_key);
     rows.softmax(Rows<Products>::scale_of(params));

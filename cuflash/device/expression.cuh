@@ -95,6 +95,10 @@ __device__ __forceinline__ void load_if(bool condition, const void* from, uint64
 }
 template <typename T> struct WordOf;
 template <> struct WordOf<bool> { using type = unsigned char; };
+template <> struct WordOf<signed char> { using type = unsigned char; };
+template <> struct WordOf<unsigned char> { using type = unsigned char; };
+template <> struct WordOf<short> { using type = uint16; };
+template <> struct WordOf<uint16> { using type = uint16; };
 template <> struct WordOf<float16> { using type = uint16; };
 template <> struct WordOf<bfloat16> { using type = uint16; };
 template <> struct WordOf<int> { using type = uint32; };
@@ -115,6 +119,10 @@ template <> __device__ __forceinline__ bool constant_if<bool>(bool condition, co
 // An element as expressions have it: floating-point numbers are Number, integers have 32 bits.
 template <typename Number> struct Value {
   static __device__ __forceinline__ bool of(bool x) { return x; }
+  static __device__ __forceinline__ int of(signed char x) { return x; }
+  static __device__ __forceinline__ int of(unsigned char x) { return x; }
+  static __device__ __forceinline__ int of(short x) { return x; }
+  static __device__ __forceinline__ int of(uint16 x) { return x; }
   static __device__ __forceinline__ int of(int x) { return x; }
   static __device__ __forceinline__ int of(int64 x) { return int(x); }
   static __device__ __forceinline__ Number of(double x) { return Number(x); }
@@ -122,18 +130,18 @@ template <typename Number> struct Value {
 };
 
 // Of 32 elements of a row, the two neighbours of each 8 that an accumulator's lane has (device/mma.cuh). Each of a row's four lanes reads
-// 8 elements at once, and they exchange: a quarter of the requests to memory, or less.
+// 8 elements at once, and they exchange then: a quarter of the requests to memory, or less.
 template <typename T> struct Pairs {
   static_assert(sizeof(T) == 2, "two fill a word");
   uint32 words[4];
 
-  // `first`: of this lane's 8, at a multiple of their size.
-  __device__ __forceinline__ void read(const T* first, bool exists) {
-    asm("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %5, 0;\n\tmov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\tmov.b32 %2, 0;\n\tmov.b32 %3, 0;\n\t"
-        "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n\t}"
-        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(first), "r"(int(exists)));
-    transpose_quad(words);
+  // `first`: of this lane's 8, at a multiple of their size. Volatile: it is to be under way early.
+  __device__ __forceinline__ void load(const T* first, bool exists) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %5, 0;\n\tmov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\tmov.b32 %2, 0;\n\tmov.b32 %3, 0;\n\t"
+                 "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n\t}"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(first), "r"(int(exists)));
   }
+  __device__ __forceinline__ void exchange() { transpose_quad(words); }
   __device__ __forceinline__ T at(int c) const { return {uint16(words[c / 2] >> c % 2 * 16)}; }
 };
 
@@ -141,13 +149,14 @@ template <typename T> struct Pairs {
 template <> struct Pairs<bool> {
   uint32 words[2];
 
-  __device__ __forceinline__ void read(const bool* first, bool exists) {
-    uint32 x[2];
-    asm("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %3, 0;\n\tmov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\t@p ld.global.nc.v2.b32 {%0, %1}, [%2];\n\t}"
-        : "=r"(x[0]), "=r"(x[1]) : "l"(first), "r"(int(exists)));
+  __device__ __forceinline__ void load(const bool* first, bool exists) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %3, 0;\n\tmov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\t@p ld.global.nc.v2.b32 {%0, %1}, [%2];\n\t}"
+                 : "=r"(words[0]), "=r"(words[1]) : "l"(first), "r"(int(exists)));
+  }
+  __device__ __forceinline__ void exchange() {
     const bool back = threadIdx.x & 2, odd = threadIdx.x & 1;
-    const uint32 far = __shfl_xor_sync(0xffffffffu, back ? x[0] : x[1], 2);
-    const uint32 one = back ? far : x[0], other = back ? x[1] : far;  // of the blocks odd, and odd + 2
+    const uint32 far = __shfl_xor_sync(0xffffffffu, back ? words[0] : words[1], 2);
+    const uint32 one = back ? far : words[0], other = back ? words[1] : far;  // of the blocks odd, and odd + 2
     const uint32 near = __shfl_xor_sync(0xffffffffu, __byte_perm(one, other, odd ? 0x5410 : 0x7632), 1);
     words[0] = __byte_perm(one, near, odd ? 0x3254 : 0x5410);
     words[1] = __byte_perm(other, near, odd ? 0x3276 : 0x7610);
@@ -180,7 +189,7 @@ template <typename T, int kAxes, bool kUnit> struct Array {
   template <typename... Index>
   __device__ __forceinline__ Pairs<T> pairs(const int (&entry)[kBatchAxes], int key, Index... indices) const {
     Pairs<T> found;
-    found.read(begin(entry) + offset(0, indices...) + key, key + 8 <= lengths[kAxes - 1]);
+    found.load(begin(entry) + offset(0, indices...) + key, key + 8 <= lengths[kAxes - 1]);
     return found;
   }
 

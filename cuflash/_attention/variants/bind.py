@@ -10,7 +10,7 @@ import numpy as np
 
 from ... import arrays
 from ...jit.strides import address, in_elements
-from ..problem import Operands
+from ..problem import Operands, sum_dtype
 from . import registry
 from .kinds import ARRAYS, IN_PAIRS, Kind
 from .program import Program, Step, program
@@ -50,9 +50,11 @@ def asked(softcap: Any, variant: Any, **of_keywords: Any) -> Asked:
 
 
 def bind(
-    call: Asked, native: dict[str, Any], operands: Operands
+    call: Asked, native: dict[str, Any], operands: Operands, dtype: str
 ) -> tuple[Program, tuple[Any, ...]]:
-    """Return the program of a call and the values of its slots."""
+    """Return the program of a call for inputs of this dtype, and the values of its slots."""
+    if call.softcap is not None:
+        registry.in_range("softcap", call.softcap, sum_dtype(dtype))
     steps: list[Step] = []
     values: list[Any] = []
 
@@ -70,7 +72,10 @@ def bind(
         add(_step(number, part, bound, operands), bound)
     for entry in registry.AFTER:
         _add_keyword(entry, call, native, operands, add)
-    return program(tuple(steps)), tuple(values)
+    try:
+        return program(tuple(steps)), tuple(values)
+    except ValueError as refusal:
+        raise ValueError(f"`variant` has an expression that is refused:\n{refusal}") from None
 
 
 def _label(number: int, name: str) -> str:
@@ -113,9 +118,11 @@ def _step(number: int, part: Part, bound: list[Any], operands: Operands) -> Step
             kinds.append((name, Kind(type(value).__name__)))
             continue
         label = _label(number, name)
+        if value is None:
+            raise TypeError(f"`{label}` must be an array, not None")
         if value.ndim != axes:
             raise ValueError(
-                f"`{label}` must have {axes} axes, as its subscripts say, not shape {value.shape}"
+                f"`{label}` must have as many axes as subscripts, {axes}, not shape {value.shape}"
             )
         if value.size == 0 and operands.q.size and operands.k.size:
             raise ValueError(f"`{label}` must have elements, but its shape is {value.shape}")

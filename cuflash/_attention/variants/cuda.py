@@ -40,12 +40,16 @@ struct Variant {{
   int64 first;                            // b of the launch's first entry
 
 {score_reads}{mask_reads}
-  // log2(e) times what becomes of q k, for the key at.key + step. `c`: which of this lane's elements of 32 keys that is.
+  // log2(e) times what becomes of q k, for the key at.key + step.
+  // `c`: which of this lane's elements of 32 keys that is.
   template <bool kPairs>
-  __device__ __forceinline__ Number score(Number score, const Coordinates& at, int step, const ScoreReads& reads, int c) const {{
+  __device__ __forceinline__ Number score(Number score, const Coordinates& at, int step,
+                                          const ScoreReads& reads, int c) const {{
 {scores}    return score;
   }}
-  template <bool kPairs> __device__ __forceinline__ bool mask(const Coordinates& at, int step, const MaskReads& reads, int c) const {{
+  template <bool kPairs>
+  __device__ __forceinline__ bool mask(const Coordinates& at, int step,
+                                       const MaskReads& reads, int c) const {{
     return {mask};
   }}
   __device__ __forceinline__ Number sink(const Coordinates& at) const {{ return {sink}; }}
@@ -54,8 +58,9 @@ struct Variant {{
 _READS = """
   struct {struct} {{
 {members}    // Of the 32 keys that begin 8 below `key` for each lane of a row before this one.
-    __device__ __forceinline__ void read(const Variant& variant, const Coordinates& at, int key) {{
-{reads}    }}
+    __device__ __forceinline__ void load(const Variant& variant, const Coordinates& at, int key) {{
+{loads}    }}
+    __device__ __forceinline__ void exchange() {{{exchanges} }}
   }};
 """
 _APPROXIMATE = ("exp", "log", "tanh", "sqrt")
@@ -121,8 +126,9 @@ class Reads:
     def text(self, struct: str) -> str:
         """The struct that holds them."""
         members = "".join(f"    {kind} {name};\n" for name, kind in self.members.values())
-        reads = "".join(f"      {name} = {what};\n" for what, (name, _) in self.members.items())
-        return _READS.format(struct=struct, members=members, reads=reads)
+        loads = "".join(f"      {name} = {what};\n" for what, (name, _) in self.members.items())
+        exchanges = "".join(f" {name}.exchange();" for name, _ in self.members.values())
+        return _READS.format(struct=struct, members=members, loads=loads, exchanges=exchanges)
 
 
 class Writer:

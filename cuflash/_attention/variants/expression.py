@@ -95,6 +95,7 @@ class Node:
 def subscripts(source: str) -> dict[str, int]:
     """Return the names of an expression that are no coordinates: how many subscripts each has.
 
+    >>> from cuflash._attention.variants.expression import subscripts
     >>> subscripts("score + slope[h] * (j - i) / width")
     {'slope': 1, 'width': 0}
     """
@@ -119,6 +120,7 @@ def parse(
 
     A text may have several lines, and comments. What is not allowed is a ValueError with a caret.
 
+    >>> from cuflash._attention.variants.expression import parse
     >>> parse("j <= i", {}, "bool").operation
     'less_equal'
     """
@@ -430,6 +432,8 @@ def evaluate(node: Node, names: Mapping[str, Any], number: DTypeLike) -> np.ndar
     Ints are computed in int32 and floats in `number`, float32 or float64; arrays with subscripts
     must have no axis of length 0.
 
+    >>> import numpy as np
+    >>> from cuflash._attention.variants.expression import evaluate, parse
     >>> tree = parse("j <= i and j % 2 == 0", {}, "bool")
     >>> evaluate(tree, {"i": np.array([[0], [2]]), "j": np.arange(4)}, np.float32)
     array([[ True, False, False, False],

@@ -8,15 +8,19 @@ from .expression import Parameter, Type
 
 ARRAYS: dict[str, Type] = {
     "bool": "bool",
-    "int32": "int",
-    "int64": "int",
+    **dict.fromkeys(("int8", "int16", "int32", "int64", "uint8", "uint16"), "int"),
     "float16": "float",
     "bfloat16": "float",
     "float32": "float",
     "float64": "float",
 }
 IN_PAIRS = ("bool", "float16", "bfloat16")  # that kernels read 8 at a time, where aligned
-_ELEMENTS = {"int32": "int"}  # in CUDA C++, where the names differ
+_ELEMENTS = {
+    "int8": "signed char",
+    "uint8": "unsigned char",
+    "int16": "short",
+    "int32": "int",
+}  # in CUDA C++, where the names differ
 
 
 @dataclass(frozen=True)

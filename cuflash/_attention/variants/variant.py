@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .expression import subscripts
+from .expression import parse, subscripts
 
 _INT32 = -(2**31), 2**31 - 1
 
@@ -25,7 +25,11 @@ class Part:
     @property
     def numbers(self) -> tuple[Any, ...]:
         """The values that are no arrays, each with its type: 1 is neither 1.0 nor True."""
-        return tuple((type(x), x) for (_, n), x in zip(self.axes, self.values or ()) if not n)
+        return tuple(
+            (type(x), x.hex() if isinstance(x, float) else x)  # 0.0 is not -0.0, and NaN is NaN
+            for (_, axes), x in zip(self.axes, self.values or ())
+            if not axes
+        )
 
 
 class Variant:
@@ -60,7 +64,8 @@ class Variant:
     outside of an array is moved to its nearest end.
 
     Calling a Variant binds its parameters and returns another one. ``first & second`` has both
-    masks, and the second's score made of the first's. Values are arguments of the kernel: other
+    masks, and the second's score made of the first's; a name that is bound in neither is one
+    parameter of both. Values are arguments of the kernel: other
     ones of the same kind compile nothing.
 
     Rows of V that a mask hides from all queries must be finite, as in ``p @ v``.
@@ -89,6 +94,10 @@ class Variant:
                         f"`{parameter}` must have as many subscripts in `mask` as in `score`, "
                         f"{axes[parameter]}, not {count}"
                     )
+        if not axes:  # nothing to bind: their types are known
+            for wanted, source in (("float", score), ("bool", mask)):
+                if source is not None:
+                    parse(source, {}, wanted)  # type: ignore[arg-type]
         self.parts: tuple[Part, ...] = (Part(score, mask, tuple(axes.items())),)
         self._settle()
 
@@ -107,7 +116,7 @@ class Variant:
             if count
         ]
 
-    def __call__(self, **values: Any) -> Variant:
+    def __call__(self, /, **values: Any) -> Variant:
         """Bind every parameter that is not bound yet."""
         if values.keys() != set(self.missing):
             wanted = ", ".join(f"`{name}`" for name in self.missing) or "none"
@@ -121,16 +130,19 @@ class Variant:
         return _made((*self.parts, *other.parts))
 
     def __repr__(self) -> str:
-        return " & ".join(
-            "Variant("
-            + ", ".join(f"{name}={source!r}" for name, source in _sources(part) if source)
-            + ")"
-            for part in self.parts
-        )
+        return " & ".join(map(_shown, self.parts))
 
 
-def _sources(part: Part) -> tuple[tuple[str, str | None], ...]:
-    return ("score", part.score), ("mask", part.mask)
+def _shown(part: Part) -> str:
+    sources = (("score", part.score), ("mask", part.mask))
+    text = ", ".join(f"{name}={source!r}" for name, source in sources if source)
+    if part.values is None or not part.axes:
+        return f"Variant({text})"
+    bound = ", ".join(
+        f"{name}=<array>" if axes else f"{name}={value!r}"
+        for (name, axes), value in zip(part.axes, part.values)
+    )
+    return f"Variant({text})({bound})"
 
 
 def _made(parts: Any) -> Variant:

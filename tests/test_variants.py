@@ -34,8 +34,8 @@ KEYWORDS = [entry.keyword for entry in registry.ENTRIES]
 NAMED = ("softcap", "alibi", "bias", "mask", "sinks")
 AXES = {"alibi": 1, "bias": 3, "mask": 3, "sinks": 1}
 # Each choice of variants, of their dtypes and of the inputs' is a kernel of its own on a GPU.
-some = settings(max_examples=max(15, settings().max_examples // 4))
-few = settings(max_examples=max(8, settings().max_examples // 8))
+some = settings(max_examples=max(8, settings().max_examples // 8))
+few = settings(max_examples=max(4, settings().max_examples // 16))
 
 
 def changed(call: Call, **options) -> Call:

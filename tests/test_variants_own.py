@@ -31,7 +31,7 @@ from cuflash import Variant
 from cuflash._attention import api
 from cuflash.jit import compile, repeat
 
-few = settings(max_examples=max(10, settings().max_examples // 8))
+few = settings(max_examples=max(4, settings().max_examples // 16))
 
 
 def at(array: np.ndarray, *indices: Any) -> np.ndarray:

@@ -115,20 +115,27 @@ class Reads:
     """The elements that are read along the keys, 32 keys at a time."""
 
     def __init__(self) -> None:
-        self.members: dict[str, tuple[str, str]] = {}  # by what is read: name, type
+        self.members: dict[tuple[str, str], tuple[str, str]] = {}  # by what is read: name, type
 
     def name(self, array: str, kind: Kind, indices: str) -> str:
         """The member for what stands in an array at some indices and the key."""
-        what = f"variant.{array}.pairs(at.entry, key{indices})"
         number = f"r{len(self.members)}"
-        return self.members.setdefault(what, (number, f"expression::Pairs<{kind.element}>"))[0]
+        member = number, f"expression::Pairs<{kind.element}>"
+        return self.members.setdefault((array, indices), member)[0]
 
     def text(self, struct: str) -> str:
         """The struct that holds them."""
-        members = "".join(f"    {kind} {name};\n" for name, kind in self.members.values())
-        loads = "".join(f"      {name} = {what};\n" for what, (name, _) in self.members.items())
-        exchanges = "".join(f" {name}.exchange();" for name, _ in self.members.values())
-        return _READS.format(struct=struct, members=members, loads=loads, exchanges=exchanges)
+        members, loads, exchanges = [], [], []
+        for (array, indices), (name, kind) in self.members.items():
+            members.append(f"    {kind} {name};\n")
+            loads.append(f"      {name} = variant.{array}.pairs(at.entry, key{indices});\n")
+            exchanges.append(f" {name}.exchange();")
+        return _READS.format(
+            struct=struct,
+            members="".join(members),
+            loads="".join(loads),
+            exchanges="".join(exchanges),
+        )
 
 
 class Writer:
@@ -173,7 +180,7 @@ class Writer:
             chosen, other = (self.scaled(each, factors) for each in operands[1:])
             return f"({self.value(operands[0])} ? {chosen} : {other})"
         if operation == "coordinate" and self.raw_score:
-            factors = (*factors, "at.scale")
+            return f"({' * '.join((*factors, 'at.scale'))}) * score"
         product = " * ".join(factors)
         text = self.number(node)
         return f"({product}) * {text}" if factors else text
@@ -199,7 +206,7 @@ class Writer:
 
     def coordinate(self, name: str) -> str:
         if name == "score":
-            return "score"
+            return "(at.scale * score)" if self.raw_score else "score"
         return "(at.key + step)" if name == "j" else f"at.{name}"
 
     def element(self, node: Node) -> str:

@@ -1,6 +1,7 @@
 """Fused attention and online softmax for every GPU array, without a deep-learning framework."""
 
 from ._attention.api import attention, merge_attention
+from ._attention.variants.block_mask import BlockMask
 from ._attention.variants.variant import Variant
 from ._softmax.api import log_softmax, logsumexp, softmax
 from ._softmax.gradient import log_softmax_backward, softmax_backward
@@ -10,6 +11,7 @@ from ._softmax.selection.topk_api import softmax_topk, topk
 from .tools import explain, show_config, warmup
 
 __all__ = [
+    "BlockMask",
     "Variant",
     "attention",
     "cross_entropy",

@@ -12,6 +12,7 @@ from ... import arrays
 from ...jit.strides import address, in_elements
 from ..problem import Operands, sum_dtype
 from . import registry
+from .block_mask import check_blocks
 from .kinds import ARRAYS, IN_PAIRS, Kind
 from .program import Program, Step, program
 from .variant import Part, Variant
@@ -126,8 +127,17 @@ def _step(number: int, part: Part, bound: list[Any], operands: Operands) -> Step
             )
         if value.size == 0 and operands.q.size and operands.k.size:
             raise ValueError(f"`{label}` must have elements, but its shape is {value.shape}")
-        kinds.append((name, _kind(label, value, axes, operands, tuple(ARRAYS))))
+        if part.blocks:
+            check_blocks(label, part, value.shape, _sizes(operands))
+        dtypes = ("bool",) if part.blocks else tuple(ARRAYS)
+        kinds.append((name, _kind(label, value, axes, operands, dtypes)))
     return Step("variant", part.score, part.mask, None, tuple(kinds))
+
+
+def _sizes(operands: Operands) -> dict[str, int]:
+    *batch, heads, len_q, _ = operands.q.shape
+    len_k = operands.k.shape[-2]
+    return {"batch": math.prod(batch), "heads": heads, "len_q": len_q, "len_k": len_k}
 
 
 def _kind(label: str, value: Any, axes: int, operands: Operands, dtypes: tuple[str, ...]) -> Kind:

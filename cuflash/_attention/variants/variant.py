@@ -21,6 +21,7 @@ class Part:
     mask: str | None
     axes: tuple[tuple[str, int], ...]
     values: tuple[Any, ...] | None = None
+    blocks: tuple[int, int] | None = None  # queries and keys of a BlockMask's blocks
 
     @property
     def numbers(self) -> tuple[Any, ...]:

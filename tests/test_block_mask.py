@@ -1,0 +1,92 @@
+"""Block-sparse attention: a BlockMask is the boolean mask of its blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from calling import attend, host, judge
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Problem, materialise
+
+import cuflash
+from cuflash import BlockMask
+
+FORMS = {2: (), 3: (2,), 4: (3, 2)}  # axes of blocks -> batch and heads in front of the two
+
+
+def spread(blocks: np.ndarray, size: tuple[int, int], len_q: int, len_k: int) -> np.ndarray:
+    """The mask of single scores."""
+    rows = np.repeat(np.repeat(blocks, size[0], axis=-2), size[1], axis=-1)
+    return rows[..., :len_q, :len_k]
+
+
+@pytest.mark.parametrize("axes", FORMS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@given(data=st.data())
+def test_blocks_are_a_mask(xp, dtype, axes, data):
+    size = data.draw(st.sampled_from([(1, 1), (64, 64), (128, 128), (48, 80), (7, 200)]))
+    len_q, len_k = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300))
+    seed, causal = data.draw(st.integers(0, 99)), data.draw(st.booleans())
+    sides = {"group": 2, "len_q": len_q, "len_k": len_k}
+    call = materialise(Problem(seed, dtype, (3,), ((False,),) * 3, causal=causal, **sides))
+    random = np.random.default_rng(seed)
+    front = [data.draw(st.sampled_from([1, n])) for n in FORMS[axes]]
+    blocks = random.random((*front, -(-len_q // size[0]), -(-len_k // size[1]))) < 0.4
+    truth = judge(call, mask=spread(blocks, size, len_q, len_k))
+    truth.check(*attend(call, xp, variant=BlockMask(xp.asarray(blocks), size)))
+
+
+def test_joined_with_others(xp):
+    q, k, v = (xp.asarray(x) for x in np.random.default_rng(0).standard_normal((3, 2, 40, 8)))
+    blocks = np.random.default_rng(1).random((5, 5)) < 0.5
+    both = BlockMask(xp.asarray(blocks), 8) & cuflash.Variant(mask="abs(i - j) < 20")
+    near = abs(np.arange(40)[:, None] - np.arange(40)) < 20
+    expected = cuflash.attention(q, k, v, mask=xp.asarray(spread(blocks, (8, 8), 40, 40) & near))
+    np.testing.assert_allclose(
+        host(cuflash.attention(q, k, v, variant=both)), host(expected), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_patterns():
+    local = BlockMask.local_global(5, 6, local=1, leading=2)
+    strided, butterfly = BlockMask.strided(7, 9, 3), BlockMask.butterfly(8, 16)
+    for i, j in np.ndindex(5, 6):
+        assert local[i, j] == (abs(i - j) <= 1 or i < 2 or j < 2)
+    for i, j in np.ndindex(7, 9):
+        assert strided[i, j] == (abs(i - j) < 3 or (i - j) % 3 == 0)
+    for i, j in np.ndindex(8, 16):
+        assert butterfly[i, j] == (bin(i ^ j).count("1") <= 1)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "size", "error", "words"),
+    [
+        ([[True]], 64, TypeError, "`blocks` must be an array of 2, 3 or 4 axes"),
+        (np.ones(3, bool), 64, TypeError, "of shape \\(3,\\)"),
+        (np.ones((1, 1, 1, 1, 1), bool), 64, TypeError, "2, 3 or 4 axes"),
+        (np.ones((1, 1), bool), 64.0, TypeError, "`size` must be an int or a pair"),
+        (np.ones((1, 1), bool), True, TypeError, "`size` must be an int or a pair"),
+        (np.ones((1, 1), bool), (64, 64, 64), TypeError, "`size` must be an int or a pair"),
+        (np.ones((1, 1), bool), (64, 0), ValueError, "`size` must be at least 1"),
+    ],
+)
+def test_what_is_no_block_mask(blocks, size, error, words):
+    with pytest.raises(error, match=words):
+        BlockMask(blocks, size)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "error", "words"),
+    [
+        (np.ones((2, 3), bool), ValueError, "`variant's blocks` must have shape \\(..., 3, 3\\)"),
+        (np.ones((3, 4), bool), ValueError, "`variant's blocks` must have shape \\(..., 3, 3\\)"),
+        (np.ones((3, 3, 3), bool), ValueError, "1 or 2 along its axis of heads, not 3"),
+        (np.ones((4, 2, 3, 3), bool), ValueError, "1 or 1 along its axis of batch, not 4"),
+        (np.ones((3, 3), "int32"), TypeError, "`variant's blocks` must have dtype bool"),
+    ],
+)
+def test_blocks_that_do_not_fit(xp, blocks, error, words):
+    q = xp.ones((2, 40, 8), "float32")
+    with pytest.raises(error, match=words):
+        cuflash.attention(q, q, q, variant=BlockMask(xp.asarray(blocks), 16))

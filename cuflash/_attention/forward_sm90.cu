@@ -218,12 +218,13 @@ struct Multiplier {
     Products::Scores::settle(rows.s);
     release_k(turn);
     if (i + 1 == tiles.count) release_q();
+    const bool masked = !seen.has_tile(key), turned = !Variant::kHasScore && params.factor != 1;
     if (Variant::kHasScore || Variant::kHasMask) {
+      if (seldom(turned)) rows.multiply_scores(params.factor);  // before -inf is among them
       const Task& task = smem.known_task(q_turn);
       rows.vary(params.variant, along, key, place & 1, [&](int row) { return task.coordinates(params, row); });
-    }
-    const bool masked = !seen.has_tile(key), turned = !Variant::kHasScore && params.factor != 1;
-    if (seldom(masked || turned)) {
+      if (seldom(masked)) rows.mask(task.keys, key);
+    } else if (seldom(masked || turned)) {
       if (turned) rows.multiply_scores(params.factor);
       if (masked) rows.mask(smem.known_task(q_turn).keys, key);
     }

@@ -112,9 +112,9 @@ def forward(problem: Problem, operands: Operands) -> None:
     ready = in_place(operands)
     shape, strides = collapse(ready, problem.variant)
     problem, chosen = planned(problem, operands, ready)
-    chosen = chosen.settled()
     if 0 in chosen.grid:
         return
+    chosen = chosen.settled()
     for index in np.ndindex(shape[:-BATCH_AXES]):  # more than one only where axes do not collapse
         filled = params(problem, chosen, ready, strides, index)
         if problem.variant.has_mask:
@@ -134,6 +134,7 @@ def plans(problem: Problem, operands: Operands) -> list[Plan]:
     operands = replace(operands, **dict(zip(("out", "lse"), given)))
     shape, _ = collapse(operands, problem.variant)
     problem, chosen = planned(problem, operands, operands)
+    chosen = chosen if 0 in chosen.grid else chosen.settled()
     own = [plan.tiles(problem, chosen)] if problem.variant.has_mask else []
     return [*own, chosen] * math.prod(shape[:-BATCH_AXES])
 

@@ -159,12 +159,13 @@ struct HopperRows : Rows<HopperProducts> {
       const int row = Products::row(r);
       pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
       const bool empty = pair[r].max == kLowest && pair[r].sum == T(0);  // and no NaN
+      const bool has_weights = Rows::has_weights(pair[r].max);
       const T factor = Variant::kHasSink ? take_sink(pair[r], params.variant.sink(task.coordinates(params, row))) : T(1);
       if (row < task.keys.rows && params.lse.data != nullptr && Products::key(0) == 0) {
         *task.row_of(params.lse, row) = pair[r].log_sum() * T(kLn2);
       }
-      const bool fits = Rows::has_weights(pair[r].max) && pair[r].sum < T(1e37);
-      inverse[r] = empty ? T(0) : fits ? factor * reciprocal(pair[r].sum) : nan<T>();
+      const bool is_number = pair[r].sum == pair[r].sum, fits = has_weights && pair[r].sum < T(1e37);
+      inverse[r] = empty && is_number ? T(0) : fits ? factor * reciprocal(pair[r].sum) : nan<T>();
     }
   }
 

@@ -232,11 +232,14 @@ __device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, Barr
 __device__ __forceinline__ void fill_in(const Params& params, const Task& task, int first_row, int end_row) {
 #pragma unroll 1
   for (int row = first_row; row < end_row; ++row) {
+    float value = 0, sum = -infinity<float>();
+    if (Variant::kHasSink) {
+      sum = params.variant.sink(task.coordinates(params, row)) * float(kLn2);
+      if (!(sum < infinity<float>())) value = sum = nan<float>();
+    }
     Output* out = task.row_of(params.out, row);
-    for (int c = threadIdx.x % 32; c < params.head_dim_v; c += 32) out[c] = narrow<Output>(0.0f);
-    if (params.lse.data == nullptr || threadIdx.x % 32 != 0) continue;
-    const bool has_sink = Variant::kHasSink;
-    *task.row_of(params.lse, row) = has_sink ? params.variant.sink(task.coordinates(params, row)) * float(kLn2) : -infinity<float>();
+    for (int c = threadIdx.x % 32; c < params.head_dim_v; c += 32) out[c] = narrow<Output>(value);
+    if (params.lse.data != nullptr && threadIdx.x % 32 == 0) *task.row_of(params.lse, row) = sum;
   }
 }
 

@@ -74,7 +74,7 @@ struct Params {
   int64 left, right;                   // keys a row sees on either side of its diagonal
   Accumulator<Element> scale_log2;     // > 0: scale log2(e)
   Accumulator<Element> factor;         // 1; -1 or 0 where the scale was negative or zero: scores are multiplied by it first
-  Accumulator<Element> scale;          // itself, for variants of scores, which need neither of the two
+  Accumulator<Element> scale;          // itself, for variants that change scores, in place of the two
   Divisor batch_shape[kBatchAxes];
   Divisor heads, group;                // group: heads / kv_heads
   Divisor sweep, last_sweep;           // (batch, head) pairs that advance through the query tiles together, and what is left for the last
@@ -93,7 +93,10 @@ constexpr int64 kEndAligned = -(1ll << 62);
 constexpr int kSlack = sizeof(Element) == 2 && sizeof(Output) == 4 ? 0 : 8;
 
 // A reference is rounded before it is subtracted. Up to this size, by 4 at most: the weight of a score that is not behind fits 16 bits.
-constexpr Accumulator<Element> kLargestReference = sizeof(Accumulator<Element>) == 8 ? double(1ull << 56) : float(1 << 27);
+// Scores of a variant are in base 2 already, and nothing is rounded.
+constexpr Accumulator<Element> kLargestReference = Variant::kHasScore                      ? kLargest<Accumulator<Element>>
+                                                   : sizeof(Accumulator<Element>) == 8 ? double(1ull << 56)
+                                                                                       : float(1 << 27);
 
 // The part of the output that is this block's: a tile of queries and one of kSlices slices of kHeadDimV columns.
 // Tiles that see most keys come first, and `sweep` heads advance together so that their keys stay in L2.
@@ -363,16 +366,18 @@ template <typename Products> struct Rows {
       pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
       const bool empty = pair[r].max == -infinity<T>() && pair[r].sum == T(0);  // and no NaN
       if (row >= params.len_q) continue;
+      const bool fits = has_weights(pair[r].max);
       T factor = 1;
       if (Variant::kHasSink) {
         const KeyInterval keys(params, index);
         factor = take_sink(pair[r], params.variant.sink(coordinates(params, index, keys, Products::row(r))));
       }
       if (lse != nullptr && Products::key(0) == 0) lse[row * params.lse.row] = pair[r].log_sum() * T(kLn2);
-      const T inverse = empty ? T(0) : has_weights(pair[r].max) ? factor / pair[r].sum : nan<T>();
+      const bool sees_nothing = empty && pair[r].sum == pair[r].sum;  // and its sink is no NaN
+      const T inverse = sees_nothing ? T(0) : fits ? factor / pair[r].sum : nan<T>();
       Output* out_row = out + row * params.out.row;
 #pragma unroll
-      for (int c = 0; c < Products::kOutputs; ++c) o[r][c] = empty ? T(0) : o[r][c] * inverse;
+      for (int c = 0; c < Products::kOutputs; ++c) o[r][c] = sees_nothing ? T(0) : o[r][c] * inverse;
       if (whole) {
         store_pairs(out_row, o[r]);
       } else {

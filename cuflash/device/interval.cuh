@@ -13,12 +13,12 @@ struct Truth {
   bool no, yes;  // it may be false, it may be true
 };
 
-constexpr double kSmallest = -2147483648.0, kLargest = 2147483647.0;  // of 32 bits
+constexpr double kSmallest = -2147483648.0, kLargestInt = 2147483647.0;  // of 32 bits
 constexpr int kMostElements = 512;  // of an array that are looked at
 
 __device__ __forceinline__ Range between(double low, double high) { return {low, high, false}; }
-__device__ __forceinline__ Range exactly(double x) { return {x, x, x != x}; }
 __device__ __forceinline__ Range anything() { return {-infinity<double>(), infinity<double>(), true}; }
+__device__ __forceinline__ Range exactly(double x) { return x == x ? between(x, x) : anything(); }
 __device__ __forceinline__ Truth known(bool x) { return {!x, x}; }
 __device__ __forceinline__ bool finite(Range a) { return a.low > -infinity<double>() && a.high < infinity<double>() && !a.nan; }
 __device__ __forceinline__ bool has_zero(Range a) { return a.low <= 0 && a.high >= 0; }
@@ -28,12 +28,14 @@ __device__ __forceinline__ Range hull(double a, double b, double c, double d) {
   return between(least(least(a, b), least(c, d)), most(most(a, b), most(c, d)));
 }
 
-// An integer that may have wrapped is any; a number may lie beside its exact value, by float32's rounding or that of a coarse function.
+// An integer that may have wrapped is any; a number may lie beside its exact value, by float32's rounding or that of a coarse function, or
+// may have overflowed.
 template <bool kInt> __device__ __forceinline__ Range rounded(Range a, double error = 1e-6) {
-  if (kInt) return a.low >= kSmallest && a.high <= kLargest ? a : between(kSmallest, kLargest);
+  if (kInt) return a.low >= kSmallest && a.high <= kLargestInt ? a : between(kSmallest, kLargestInt);
+  if (!finite(a) || a.low < -1e38 || a.high > 1e38) return anything();
   return {a.low - fabs(a.low) * error - 1e-30, a.high + fabs(a.high) * error + 1e-30, a.nan};
 }
-template <bool kInt> __device__ __forceinline__ Range unbounded() { return kInt ? between(kSmallest, kLargest) : anything(); }
+template <bool kInt> __device__ __forceinline__ Range unbounded() { return kInt ? between(kSmallest, kLargestInt) : anything(); }
 
 template <bool kInt> __device__ __forceinline__ Range add(Range a, Range b) {
   if (!finite(a) || !finite(b)) return unbounded<kInt>();
@@ -114,7 +116,7 @@ template <typename T> __device__ __forceinline__ T where(Truth condition, T a, T
 __device__ __forceinline__ Truth of_value(bool x) { return known(x); }
 template <typename T> __device__ __forceinline__ Range of_value(T x) { return exactly(double(x)); }
 __device__ __forceinline__ Truth of_any(bool) { return {true, true}; }
-__device__ __forceinline__ Range of_any(int) { return between(kSmallest, kLargest); }
+__device__ __forceinline__ Range of_any(int) { return between(kSmallest, kLargestInt); }
 template <typename T> __device__ __forceinline__ Range of_any(T) { return anything(); }
 
 // What the elements at some indices are, if they are not too many.

@@ -85,6 +85,9 @@ template <> __device__ __forceinline__ float infinity<float>() { return __int_as
 template <> __device__ __forceinline__ double infinity<double>() {
   return __longlong_as_double(0x7ff0000000000000ll);
 }
+// The largest finite number.
+template <typename T> constexpr T kLargest = T(3.4028234663852886e38);
+template <> constexpr double kLargest<double> = 1.7976931348623157e308;
 template <typename T> __device__ __forceinline__ T nan() { return infinity<T>() - infinity<T>(); }
 
 template <typename T> __device__ __forceinline__ T min_of(T a, T b) { return a < b ? a : b; }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .expression import Node
 from .kinds import Kind
@@ -77,6 +77,10 @@ class Trees:
     names: Mapping[str, str]
     kinds: Mapping[str, Kind]
 
+    def seen_from_outside(self) -> Trees:
+        """The same where the struct is `variant`."""
+        return replace(self, names={name: f"variant.{slot}" for name, slot in self.names.items()})
+
 
 def struct(variants: Sequence[Trees], slots: Sequence[Kind]) -> str:
     """The struct Variant for variants that follow one another, with `slots` p0, p1, ... in it."""
@@ -142,9 +146,11 @@ class Writer:
     """Writes one expression; `names` says how parameters are spelt, `kinds` what they are."""
 
     def __init__(self, variant: Trees, reads: Reads | None = None, raw_score: bool = False) -> None:
-        self.names, self.kinds, self.reads = variant.names, variant.kinds, reads
+        self.variant, self.reads = variant, reads
+        self.names, self.kinds = variant.names, variant.kinds
         # The product q k, to which the scale is still to be applied.
         self.raw_score = raw_score
+        self.compared = False  # what is written now decides about something: nothing is regrouped
 
     def value(self, node: Node) -> str:
         """The text of a node."""
@@ -158,17 +164,20 @@ class Writer:
             return self.element(node)
         if node.operation == "float":
             return self.as_float(node.operands[0])
-        if node.type == "float":
+        if node.type == "float" and not self.compared:
             return self.scaled(node, ())
-        return self.call(node.operation, [self.value(each) for each in node.operands], node.type)
+        around, self.compared = self.compared, self.compared or node.type == "bool"
+        text = self.call(node.operation, [self.value(each) for each in node.operands], node.type)
+        self.compared = around
+        return text
 
     def scaled(self, node: Node, factors: tuple[str, ...]) -> str:
         """The text of a number times factors that are the same for all keys of a row."""
         operation, operands = node.operation, node.operands
-        if operation in ("multiply", "divide") and _same_for_all_keys(operands[1]):
-            by = self.value(operands[1])
-            factor = by if operation == "multiply" else f"(Number(1) / {by})"
-            return self.scaled(operands[0], (*factors, factor))
+        if operation == "multiply" and _same_for_all_keys(operands[1]):
+            return self.scaled(operands[0], (*factors, self.value(operands[1])))
+        if operation == "divide" and _same_for_all_keys(operands[1]) and names(node, "score"):
+            return self.scaled(operands[0], (*factors, f"(Number(1) / {self.value(operands[1])})"))
         if operation == "multiply" and _same_for_all_keys(operands[0]):
             return self.scaled(operands[1], (*factors, self.value(operands[0])))
         if operation in ("add", "subtract") and factors == (LOG2_E,):
@@ -180,10 +189,10 @@ class Writer:
             chosen, other = (self.scaled(each, factors) for each in operands[1:])
             return f"({self.value(operands[0])} ? {chosen} : {other})"
         if operation == "coordinate" and self.raw_score:
-            return f"({' * '.join((*factors, 'at.scale'))}) * score"
+            return f"(({' * '.join((*factors, 'at.scale'))}) * score)"
         product = " * ".join(factors)
         text = self.number(node)
-        return f"({product}) * {text}" if factors else text
+        return f"(({product}) * {text})" if factors else text
 
     def number(self, node: Node) -> str:
         """The text of a number that has no factors to be taken out."""
@@ -216,14 +225,16 @@ class Writer:
             others = "".join(f", {self.value(place)}" for place in places[:-1])
             read = f"{name}.along(at.entry, at.key, step{others})"
             if self.reads and kind.aligned and all(map(_same_for_all_keys, places[:-1])):
-                read = f"(kPairs ? reads.{self.reads.name(name, kind, others)}.at(c) : {read})"
+                outside = Writer(self.variant.seen_from_outside())
+                indices = "".join(f", {outside.value(place)}" for place in places[:-1])
+                read = f"(kPairs ? reads.{self.reads.name(name, kind, indices)}.at(c) : {read})"
         else:
             read = f"{name}.at(at.entry, {', '.join(self.value(place) for place in places)})"
         return f"expression::Value<Number>::of({read})"
 
     def as_float(self, node: Node) -> str:
         """An integer as a number: of a place, what all keys share is converted once."""
-        if node.operation in ("abs", "minimum", "maximum", "negate"):
+        if node.operation in ("abs", "minimum", "maximum"):
             parts = [self.as_float(each) for each in node.operands]
             if all(_is_place(each) for each in node.operands):
                 return self.call(node.operation, parts, "float")

@@ -33,8 +33,10 @@ def function(variants: Sequence[Trees]) -> str:
 def _range(node: Node, names: Mapping[str, str]) -> str:
     operation = node.operation
     if operation == "constant":
-        value = str(node.value).lower() if node.type == "bool" else f"double({node.value!r})"
-        return f"interval::{'known' if node.type == 'bool' else 'exactly'}({value})"
+        if node.type == "bool":
+            return f"interval::known({str(node.value).lower()})"
+        number = "Variant::Number" if node.type == "float" else "double"  # as it is compared with
+        return f"interval::exactly({number}({node.value!r}))"
     if operation == "coordinate":
         return f"at.{node.value}"
     if operation == "parameter":

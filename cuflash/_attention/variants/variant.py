@@ -128,6 +128,14 @@ class Variant:
     def __and__(self, other: Variant) -> Variant:
         if not isinstance(other, Variant):
             return NotImplemented
+        axes: dict[str, int] = {}
+        for part in (*self.parts, *other.parts):
+            for name, count in part.axes if part.values is None else ():
+                if axes.setdefault(name, count) != count:
+                    raise ValueError(
+                        f"`{name}` must have as many subscripts in one as in the other, "
+                        f"{axes[name]}, not {count}, or be bound before"
+                    )
         return _made((*self.parts, *other.parts))
 
     def __repr__(self) -> str:

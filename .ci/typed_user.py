@@ -33,13 +33,21 @@ cuflash.log_softmax([1.0, 2.0], axis=(0,))
 cuflash.logsumexp(q, axis=(0, 1), b=2.0, keepdims=True)
 cuflash.logsumexp(q, -1, None, False, True)
 
+near: cuflash.Variant = cuflash.Variant(mask="abs(i - j) < width")(width=3)
+blocks: cuflash.Variant = cuflash.BlockMask(q, (64, 128)) & near
+cuflash.attention(q, q, q, softcap=30.0, alibi=q, bias=q, mask=q, sinks=q, variant=blocks)
+
 text: str = cuflash.explain(cuflash.attention, q, q, q, causal=True)
 cuflash.warmup(cuflash.attention, q, q, q)
 cuflash.show_config()
 
 cuflash.attention(q, q)  # type: ignore[call-arg]
 cuflash.attention(q, q, q, 0.5)  # type: ignore[call-arg]
-cuflash.attention(q, q, q, mask=q)  # type: ignore[call-arg]
+cuflash.attention(q, q, q, attn_mask=q)  # type: ignore[call-arg]
+cuflash.attention(q, q, q, softcap="30")  # type: ignore[arg-type]
+cuflash.attention(q, q, q, variant="j <= i")  # type: ignore[arg-type]
+cuflash.Variant(score=1)  # type: ignore[arg-type]
+cuflash.BlockMask(q, "64")  # type: ignore[arg-type]
 cuflash.attention(q, q, q, scale="small")  # type: ignore[arg-type]
 cuflash.attention(q, q, q, window=1.5)  # type: ignore[arg-type]
 cuflash.attention(q, q, q, return_lse="yes")  # type: ignore[arg-type]

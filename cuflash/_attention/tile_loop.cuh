@@ -411,12 +411,15 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
   const KeyInterval keys(params, index);
   const uint32* bits = Variant::kHasMask ? params.bits.of(index) : nullptr;
   const auto tile_from = [&](int tile) {  // the first one that is visited
-    if (!Variant::kHasMask) return tile;
-    for (int word = tile / 32; word < params.bits.words; ++word) {
-      const uint32 left = word == tile / 32 ? bits[word] >> tile % 32 << tile % 32 : bits[word];
-      if (left != 0) return word * 32 + __ffs(left) - 1;
+    if constexpr (Variant::kHasMask) {
+      for (int word = tile / 32; word < params.bits.words; ++word) {
+        const uint32 left = word == tile / 32 ? bits[word] >> tile % 32 << tile % 32 : bits[word];
+        if (left != 0) return word * 32 + __ffs(left) - 1;
+      }
+      return params.len_k / kBlockN + 1;
+    } else {
+      return tile;
     }
-    return params.len_k / kBlockN + 1;
   };
   const int first_tile = tile_from(keys.begin() / kBlockN);
   const Element* q = index.rows_of(params.q, index.head);

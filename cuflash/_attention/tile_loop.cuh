@@ -451,14 +451,13 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
   if (kStages == 2) load_v(first_tile, first_tile);
 
 #pragma unroll 1
-  for (int tile = first_tile, next, turn = first_tile; tile * kBlockN < keys.end(); tile = next, ++turn) {
-    const int first_key = tile * kBlockN;
-    next = tile_from(tile + 1);
+  for (int tile = first_tile, visits = 0; tile * kBlockN < keys.end(); tile = tile_from(tile + 1), ++visits) {
+    const int first_key = tile * kBlockN, turn = Variant::kHasMask ? first_tile + visits : tile;
     copy_async_wait();
     __syncthreads();  // K (and V, of two stages) of this tile are there; every warp is done with the tile before
     if (kStages == 2) {
-      load_k(next, turn + 1);
-      load_v(next, turn + 1);
+      load_k(tile_from(tile + 1), turn + 1);
+      load_v(tile_from(tile + 1), turn + 1);
     } else {
       load_v(tile, turn);
     }
@@ -470,7 +469,7 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
     if (kStages == 1) {
       copy_async_wait();
       __syncthreads();  // V of this tile is there; every warp is done with K
-      load_k(next, turn + 1);
+      load_k(tile_from(tile + 1), turn + 1);
     }
     if (place == Place::kOutside) continue;
     if (!Variant::kHasScore && params.factor != T(1)) rows.multiply_scores(params.factor);

@@ -78,7 +78,7 @@ def is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def in_range(name: str, value: int, least: int, greatest: int) -> None:
+def in_range(name: str, value: float, least: float, greatest: float) -> None:
     if not least <= value <= greatest:
         raise ValueError(f"`{name}` must be from {least} to {greatest}, not {value}")
 
@@ -137,9 +137,9 @@ def inputs(native: dict[str, Any]) -> Operands:
             f"{shapes}"
         ) from None
     return Operands(
-        q=_broadcast(q, batch + q.shape[-3:]),
-        k=_broadcast(k, batch + k.shape[-3:]),
-        v=_broadcast(v, batch + v.shape[-3:]),
+        q=broadcast(q, batch + q.shape[-3:]),
+        k=broadcast(k, batch + k.shape[-3:]),
+        v=broadcast(v, batch + v.shape[-3:]),
         q_start=_per_batch("q_start", native["q_start"], batch),
         kv_lengths=_per_batch("kv_lengths", native["kv_lengths"], batch),
         one_head=one_head,
@@ -185,7 +185,7 @@ def _per_batch(name: str, values: Any, batch: tuple[int, ...]) -> Any:
         dtype = arrays.dtype_name(values.dtype)
         raise TypeError(f"`{name}` must be an int or an array of integers, not of {dtype}")
     try:
-        return _broadcast(values, batch)
+        return broadcast(values, batch)
     except ValueError:
         raise ValueError(
             f"`{name}` must have a shape that broadcasts to the batch axes, {batch}, not "
@@ -193,7 +193,7 @@ def _per_batch(name: str, values: Any, batch: tuple[int, ...]) -> Any:
         ) from None
 
 
-def _broadcast(each: Any, shape: tuple[int, ...]) -> Any:
+def broadcast(each: Any, shape: tuple[int, ...]) -> Any:
     """Broadcast by strides of 0; NumPy hands another library's array to that library."""
     return each if each.shape == shape else np.broadcast_to(each, shape)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ... import arrays
 from ...jit.strides import address, in_elements
+from ..check import broadcast, in_range
 from ..problem import Operands, sum_dtype
 from . import registry
 from .block_mask import check_blocks
@@ -55,7 +56,10 @@ def bind(
 ) -> tuple[Program, tuple[Any, ...]]:
     """Return the program of a call for inputs of this dtype, and the values of its slots."""
     if call.softcap is not None:
-        registry.in_range("softcap", call.softcap, sum_dtype(dtype))
+        least = 2 * float(
+            np.finfo(sum_dtype(dtype)).tiny
+        )  # it, and one over it, are normal numbers
+        in_range("softcap", call.softcap, least, 1 / least)
     steps: list[Step] = []
     values: list[Any] = []
 
@@ -102,7 +106,7 @@ def _broadcast(entry: registry.Entry, value: Any, operands: Operands) -> Any:
     lengths = {"h": heads, "i": len_q, "j": operands.k.shape[-2]}
     shape = (*batch, *(lengths[axis] for axis in entry.axes))
     try:
-        return value if value.shape == shape else np.broadcast_to(value, shape)
+        return broadcast(value, shape)
     except ValueError:
         letters = {"h": "heads", "i": "len_q", "j": "len_k"}
         axes = ", ".join(["...", *(letters[axis] for axis in entry.axes)])

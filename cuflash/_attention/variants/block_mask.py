@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..check import is_int
 from .variant import Part, Variant
 
 # By the axes of the blocks; an axis of length 1 is that of all heads, or of all batch entries.
@@ -19,7 +20,7 @@ _EXPRESSIONS = {
 class BlockMask(Variant):
     """Which blocks of scores there are: block-sparse attention.
 
-    What is not there is neither read nor computed, so that time goes with the number of blocks.
+    What is not there is neither read nor computed.
 
     Parameters
     ----------
@@ -121,12 +122,8 @@ def check_blocks(label: str, part: Part, shape: tuple[int, ...], sizes: dict[str
 
 def _sizes(size: Any) -> tuple[int, int]:
     pair = size if isinstance(size, tuple) else (size, size)
-    if len(pair) != 2 or not all(_is_int(each) for each in pair):
+    if len(pair) != 2 or not all(map(is_int, pair)):
         raise TypeError(f"`size` must be an int or a pair of them, (queries, keys), not {size!r}")
     if min(pair) < 1:
         raise ValueError(f"`size` must be at least 1, not {size!r}")
     return int(pair[0]), int(pair[1])
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

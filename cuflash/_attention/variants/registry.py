@@ -11,8 +11,6 @@ import numbers
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -59,13 +57,3 @@ def softcap(value: Any) -> float:
     if not 0 < (cap := float(value)) < math.inf:
         raise ValueError(f"`softcap` must be positive and finite, not {value}")
     return cap
-
-
-def in_range(name: str, value: float, dtype: str) -> None:
-    """Check that a number, and one over it, are normal ones of the dtype that scores have."""
-    least = 2 * float(np.finfo(dtype).tiny)
-    if not least <= value <= 1 / least:
-        raise ValueError(
-            f"`{name}` must be from {least:.2g} to {1 / least:.2g} where scores are {dtype}, not "
-            f"{value}"
-        )

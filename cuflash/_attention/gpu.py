@@ -46,7 +46,7 @@ def params_dtype(accumulator: str, variant: Program = PLAIN) -> np.dtype:
     divisors = [("batch_shape", _DIVISOR, BATCH_AXES)] + [
         (name, _DIVISOR) for name in ("heads", "group", "sweep", "last_sweep", "tiles_of_sweep")
     ]
-    sizes = ("sweeps", "len_q", "len_k", "head_dim", "head_dim_v", "pack_shift")
+    sizes = ("sweeps", "len_q", "len_k", "head_dim", "head_dim_v", "pack_shift", "by_head")
     sized = [(name, "i4") for name in sizes]
     fields = [*arrays_, *per_batch, *integers, *factors, *divisors, *sized]
     own = ("variant", variant_dtype(accumulator, variant))
@@ -372,7 +372,8 @@ def params(
     most = float(np.finfo(filled["scale"].dtype).max)
     filled["scale"] = min(max(problem.scale, -most), most)
     fill_variant(filled["variant"], problem.variant, operands, strides, index)
-    pack, sweep = chosen.pack, plan.sweep(problem, gpus.current(), chosen)
+    by_head = shared_by_entries(problem.variant, operands, strides)
+    pack, sweep = chosen.pack, plan.sweep(problem, gpus.current(), chosen, by_head)
     pairs, tiles = plan.pairs_of_heads(problem) // pack, plan.query_tiles(problem, chosen)
     filled["batch_shape"] = [divisor(length) for length in problem.batch]
     filled["heads"], filled["group"] = (
@@ -384,7 +385,23 @@ def params(
     filled["len_q"], filled["len_k"] = problem.len_q * pack, problem.len_k
     filled["head_dim"], filled["head_dim_v"] = problem.head_dim, problem.head_dim_v
     filled["pack_shift"] = pack.bit_length() - 1
+    filled["by_head"] = by_head
     return filled
+
+
+def shared_by_entries(
+    variant: Program, operands: Operands, strides: dict[str, tuple[int, ...]]
+) -> bool:
+    """Whether several batch entries have one and the same array of queries and keys."""
+    if math.prod(operands.q.shape[:-3]) == 1:
+        return False
+    scores = operands.q.shape[-2] * operands.k.shape[-2]
+    large = (
+        (f"p{number}", value)
+        for number, (kind, value) in enumerate(zip(variant.slots, operands.values))
+        if kind.axes and math.prod(value.shape[-kind.axes :]) >= scores
+    )
+    return any(not any(strides.get(name, ())) for name, _ in large)
 
 
 def fill_variant(

@@ -476,17 +476,21 @@ def merge(dtype: str, output: str, shape: tuple[int, ...], copies: tuple[str, ..
 
 
 @functools.lru_cache(maxsize=4096)
-def sweep(problem: Problem, gpu: Gpu, chosen: AttentionPlan) -> int:
+def sweep(problem: Problem, gpu: Gpu, chosen: AttentionPlan, by_head: bool = False) -> int:
     """How many (batch, head) pairs advance through their query tiles together, packed heads as one.
 
     Where rows see different numbers of keys, blocks with most work start first, in groups of heads
     whose K and V fill half of L2; otherwise a head's tiles follow one another and share its keys.
     Where blocks go through many tiles, the group is the smallest with which they have as much to
     do as one another, or the best that was tried: what they read at a time is of few heads then.
+    Batch entries that share a bias (`by_head`) go through its rows together, as far as L2 has room
+    for their K and V: device memory is asked for it once, where each entry by itself asked again.
     """
     size = BYTES[problem.dtype] * problem.len_k * (problem.head_dim + problem.head_dim_v)
     pairs, group = pairs_of_heads(problem) // chosen.pack, problem.group // chosen.pack
     together = min(pairs, max(1, gpu.l2_bytes // 2 // max(size, 1) * group))
+    if by_head:
+        return min(together, math.prod(problem.batch))
     if not is_hopper(chosen) or query_tiles(problem, chosen) * pairs > MOST_FORESEEN:
         return 1 if problem.left is None and problem.right is None else together
     costs, blocks = tile_costs(problem, chosen), chosen.grid[0]

@@ -82,6 +82,7 @@ struct Params {
   int sweeps;
   int len_q, len_k, head_dim, head_dim_v;
   int pack_shift;  // 2^pack_shift query heads that share keys count as one in `heads`, `group` and `len_q`: their rows alternate
+  int by_head;     // with variants: pairs of a head follow one another, not those of a batch entry
   Variant variant;
   TileBits bits;
 };
@@ -115,9 +116,11 @@ struct BlockIndex {
     int place = params.tiles_of_sweep.take(sweep);
     int pair = sweep * params.sweep.length + (sweep < params.sweeps - 1 ? params.sweep : params.last_sweep).take(place);
     tile = (params.len_q - 1) / kBlockM - place;
-    head = params.heads.take(pair);
+    const bool by_head = (Variant::kHasScore || Variant::kHasMask) && params.by_head;
+    if (!by_head) head = params.heads.take(pair);
 #pragma unroll
     for (int axis = kBatchAxes - 1; axis >= 0; --axis) batch[axis] = params.batch_shape[axis].take(pair);
+    if (by_head) head = pair;
   }
 
   __device__ __forceinline__ int64 offset(const int64 (&strides)[kBatchAxes]) const {

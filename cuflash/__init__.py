@@ -3,6 +3,7 @@
 from ._attention.api import attention, merge_attention
 from ._attention.variants.block_mask import BlockMask
 from ._attention.variants.variant import Variant
+from ._attention.varlen import attention_varlen
 from ._softmax.api import log_softmax, logsumexp, softmax
 from ._softmax.gradient import log_softmax_backward, softmax_backward
 from ._softmax.loss import cross_entropy, cross_entropy_backward
@@ -14,6 +15,7 @@ __all__ = [
     "BlockMask",
     "Variant",
     "attention",
+    "attention_varlen",
     "cross_entropy",
     "cross_entropy_backward",
     "explain",

@@ -14,6 +14,7 @@ from ..jit.launch import Plan, Recording
 from . import check
 from .problem import Operands, Problem, sum_dtype
 from .variants import bind
+from .variants.program import Program
 from .variants.variant import Variant
 
 
@@ -175,7 +176,7 @@ def attention(
     options = (scale, causal, window, q_start, kv_lengths, precision, return_lse, softcap)
     inputs: tuple[Any, ...] = (q, k, v)
     if not (alibi is bias is mask is sinks is variant is None):
-        inputs, options = _with_variants(inputs, options, (alibi, bias, mask, sinks), variant)
+        inputs, options = with_variants(inputs, options, (alibi, bias, mask, sinks), variant)
     key, answers = repeat.again("attention", inputs, options) if out is None else (None, None)
     if answers is not None:
         return AttentionResult(*answers) if return_lse else answers[0]
@@ -198,6 +199,13 @@ def attention(
         return_lse=return_lse,
         out=out,
     )
+    return computed(caller, problem, operands, key, inputs)
+
+
+def computed(
+    caller: arrays.Caller, problem: Problem, operands: Operands, key: Any, inputs: Sequence[Any]
+) -> Any:
+    """Do what was prepared, remember it under `key`, and return what the caller gets."""
     with caller, Recording() as made:
         result, lse = allocate(caller, problem, operands)
         _backend(caller).forward(problem, operands)
@@ -312,9 +320,38 @@ def prepare(
     left, right = check.useful_sides(operands, start, left, 0 if causal else right)
     if left is None and right is None and not program.steps:
         start = operands.q_start = None
+    problem = described(
+        operands,
+        dtype=dtype,
+        scale=scale,
+        left=left,
+        right=right,
+        q_start=start,
+        precision=precision,
+        return_lse=return_lse,
+        variant=program,
+    )
+    shape = problem.out_shape[operands.one_head :]
+    operands.given = check.given_outputs(native, outputs, shape, dtype)
+    return caller, problem, operands
+
+
+def described(
+    operands: Operands,
+    *,
+    dtype: str,
+    scale: float | None,
+    left: int | None,
+    right: int | None,
+    q_start: int | None,
+    precision: str | None,
+    return_lse: bool,
+    variant: Program,
+) -> Problem:
+    """Describe a call of these arrays; `scale` and `precision` are as the caller gave them."""
     *batch, heads, len_q, head_dim = operands.q.shape
     kv_heads, len_k, head_dim_v = operands.v.shape[-3:]
-    problem = Problem(
+    return Problem(
         dtype=dtype,
         batch=tuple(batch),
         heads=heads,
@@ -326,19 +363,17 @@ def prepare(
         scale=check.scale(scale, head_dim),
         left=left,
         right=right,
-        q_start=start,
+        q_start=q_start,
         q_start_array=operands.q_start is not None,
         kv_lengths_array=operands.kv_lengths is not None,
         precision=check.precision(precision, dtype),
         return_lse=return_lse,
-        variant=program,
+        variant=variant,
+        varlen=operands.q_offsets is not None,
     )
-    shape = problem.out_shape[operands.one_head :]
-    operands.given = check.given_outputs(native, outputs, shape, dtype)
-    return caller, problem, operands
 
 
-def _with_variants(
+def with_variants(
     inputs: tuple[Any, ...], options: tuple[Any, ...], given: tuple[Any, ...], variant: Any
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """A call's arrays and what else it is known by, those of variants among them."""
@@ -388,7 +423,11 @@ def prepare_merge(
 
 def _plans(*args: Any, **kwargs: Any) -> tuple[int, list[Plan]]:
     """Where a call of attention would run, and what it would launch."""
-    caller, problem, operands = prepare(*args, **kwargs)
+    return launches(*prepare(*args, **kwargs))
+
+
+def launches(caller: arrays.Caller, problem: Problem, operands: Operands) -> tuple[int, list[Plan]]:
+    """Where what was prepared would run, -1 for NumPy, and its launches."""
     if not caller.on_gpu:
         return -1, []
     with caller:

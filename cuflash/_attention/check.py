@@ -146,6 +146,67 @@ def inputs(native: dict[str, Any]) -> Operands:
     )
 
 
+def packed_inputs(native: dict[str, Any]) -> Operands:
+    """View packed inputs as all sequences have them: (sequences, heads, tokens, head_dim)."""
+    q, k, v = native["q"], native["k"], native["v"]
+    shapes = f"q has shape {q.shape}, k {k.shape}, v {v.shape}"
+    for name, each in (("q", q), ("k", k), ("v", v)):
+        if each.ndim != 3:
+            raise ValueError(f"`{name}` must have shape (heads, tokens, head_dim), but {shapes}")
+    _lengths_and_dims(q, k, v, shapes)
+    _heads(q, k, v, shapes)
+    k_name = "q_offsets" if native["k_offsets"] is None else "k_offsets"
+    for name in ("q_offsets", k_name):
+        _offsets(name, native[name])
+    q_offsets, k_offsets = native["q_offsets"], native[k_name]
+    if k_offsets.shape != q_offsets.shape:
+        raise ValueError(
+            f"`k_offsets` must have the shape of `q_offsets`, {q_offsets.shape}, not "
+            f"{k_offsets.shape}"
+        )
+    batch = (q_offsets.shape[0] - 1,)
+    return Operands(
+        q=broadcast(q, batch + q.shape),
+        k=broadcast(k, batch + k.shape),
+        v=broadcast(v, batch + v.shape),
+        q_start=_per_batch("q_start", native["q_start"], batch),
+        q_offsets=q_offsets,
+        k_offsets=k_offsets,
+    )
+
+
+def _offsets(name: str, values: Any) -> None:
+    if values is None:
+        raise TypeError(f"`{name}` must be an array of integers, not None")
+    if values.dtype.kind not in "iu":
+        dtype = arrays.dtype_name(values.dtype)
+        raise TypeError(f"`{name}` must be an array of integers, not of {dtype}")
+    if values.ndim != 1 or values.shape[0] < 2:
+        raise ValueError(
+            f"`{name}` must have shape (sequences + 1,), of one sequence at least, not "
+            f"{values.shape}"
+        )
+
+
+def offsets(caller: arrays.Caller, operands: Operands) -> None:
+    """Check the values of offsets, which on a GPU must be asked for, as `integers` does."""
+    if caller.on_gpu and not arrays.checks_on_gpu():
+        return
+    for name, values, tokens in (
+        ("q_offsets", operands.q_offsets, operands.q.shape[-2]),
+        ("k_offsets", operands.k_offsets, operands.k.shape[-2]),
+    ):
+        with caller:
+            first, last = int(values[0]), int(values[-1])
+            falls = bool((values[1:] < values[:-1]).any())
+        if first != 0 or falls or last > tokens:
+            raise ValueError(
+                f"`{name}` must begin with 0, never fall, and end at {tokens} at most, the number "
+                f"of tokens, but it begins with {first}, ends with {last}"
+                + (", and falls in between" if falls else "")
+            )
+
+
 def _lengths_and_dims(q: Any, k: Any, v: Any, shapes: str) -> None:
     for name, each in (("q", q), ("k", k), ("v", v)):
         if not 1 <= each.shape[-1] <= MAX_HEAD_DIM:

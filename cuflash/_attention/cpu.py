@@ -9,8 +9,9 @@ on the tensor cores. Nothing of size len_q x len_k is ever held.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -124,23 +125,44 @@ def forward(
 ) -> None:
     """Fill ``operands.out`` and, where there is one, ``operands.lse``."""
     with np.errstate(all="ignore"):
-        for batch in np.ndindex(problem.batch):
-            sight = _sight(problem, operands, batch)
-            variation = Variation(problem, operands, batch)
-            for heads, kv_heads in _steps(problem, tile_q * tile_k):
+        for batch, entry, (q, k, v, out, lse) in _entries(problem, operands):
+            sight = _sight(entry, operands, batch)
+            variation = Variation(entry, operands, batch)
+            for heads, kv_heads in _steps(entry, tile_q * tile_k):
                 _forward_heads(
-                    problem,
+                    entry,
                     sight,
                     variation,
-                    np.arange(problem.heads)[heads],
-                    operands.q[batch][heads],
-                    operands.k[batch][kv_heads],
-                    operands.v[batch][kv_heads],
-                    operands.out[batch][heads],
-                    None if operands.lse is None else operands.lse[batch][heads],
+                    np.arange(entry.heads)[heads],
+                    q[heads],
+                    k[kv_heads],
+                    v[kv_heads],
+                    out[heads],
+                    None if lse is None else lse[heads],
                     tile_q,
                     tile_k,
                 )
+
+
+# A batch entry: its index, the problem with its own lengths, and its part of q, k, v, out and lse.
+Entry = tuple[tuple[int, ...], Problem, tuple[Any, ...]]
+
+
+def _entries(problem: Problem, operands: Operands) -> Iterator[Entry]:
+    o = operands
+    if not problem.varlen:
+        for batch in np.ndindex(problem.batch):
+            lse = None if o.lse is None else o.lse[batch]
+            yield batch, problem, (o.q[batch], o.k[batch], o.v[batch], o.out[batch], lse)
+        return
+    rows, keys = [*map(int, o.q_offsets), problem.len_q], [*map(int, o.k_offsets)]
+    keys.append(keys[-1])
+    for n, (first, end) in enumerate(itertools.pairwise(rows)):  # the last rows are of no sequence
+        its_rows, its_keys = slice(first, end), slice(keys[n], keys[n + 1])
+        batch = (min(n, problem.batch[0] - 1),)
+        entry = replace(problem, len_q=end - first, len_k=keys[n + 1] - keys[n])
+        inputs = o.q[batch][:, its_rows], o.k[batch][:, its_keys], o.v[batch][:, its_keys]
+        yield batch, entry, (*inputs, *(x if x is None else x[:, its_rows] for x in (o.out, o.lse)))
 
 
 def _sight(problem: Problem, operands: Operands, batch: tuple[int, ...]) -> Sight:

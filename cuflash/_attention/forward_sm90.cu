@@ -243,6 +243,7 @@ struct Multiplier {
     if (stores) stores_wait_read();
     __syncwarp();  // the rows before have left
     rows.stage(smem.base + SharedMemory::kO);
+    if (kVarlen) return rows.store_staged(params, task, smem.base + SharedMemory::kO);
     show_written();
     __syncwarp();  // all lanes have left theirs
     if (!stores || task.keys.rows <= top) return;
@@ -308,7 +309,8 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
     barriers_made();
   }
   const Params& params = hopper.params;
-  const int jobs = ((params.sweeps - 1) * params.sweep.length + params.last_sweep.length) * ((params.len_q - 1) / kBlockM + 1);
+  const int pairs = (params.sweeps - 1) * params.sweep.length + params.last_sweep.length;
+  const int jobs = kVarlen ? *params.sequences.tiles * params.heads.length : pairs * ((params.len_q - 1) / kBlockM + 1);
   if (threadIdx.x >= kThreads) {
     Scheduler scheduler(hopper, smem);
     sync_block();  // barriers are there

@@ -32,7 +32,15 @@ _TILE_BITS = np.dtype(
         *[("words", "i4"), ("tasks", "i4")],
     ]
 )
-_COUNTER_BYTES = 16  # of a workspace of tile bits, in front
+_COUNTER_BYTES = 16  # of a workspace of tile bits, or of sequences, in front
+_SEQUENCE_BYTES = 24
+_SEQUENCES = np.dtype(
+    [
+        *[("each", "u8"), ("of_tile", "u8"), ("tiles", "u8")],
+        *[("offsets", "u8", 2), ("strides", "i8", 2), ("bytes", "i4", 2), ("count", "i4")],
+    ],
+    align=True,
+)
 _PER_BATCH = np.dtype([("data", "u8"), ("batch", "i8", BATCH_AXES), ("bytes", "i8")])
 
 
@@ -50,7 +58,7 @@ def params_dtype(accumulator: str, variant: Program = PLAIN) -> np.dtype:
     sized = [(name, "i4") for name in sizes]
     fields = [*arrays_, *per_batch, *integers, *factors, *divisors, *sized]
     own = ("variant", variant_dtype(accumulator, variant))
-    return np.dtype([*fields, own, ("bits", _TILE_BITS)], align=True)
+    return np.dtype([*fields, own, ("bits", _TILE_BITS), ("sequences", _SEQUENCES)], align=True)
 
 
 def variant_dtype(accumulator: str, variant: Program) -> np.dtype:
@@ -103,13 +111,14 @@ _MERGE = np.dtype(  # the struct Params of combine.cu
     ],
     align=True,
 )
-_PER_BATCH_NAMES = ("q_start", "kv_lengths")
+_OFFSET_NAMES = ("q_offsets", "k_offsets")
+_PER_BATCH_NAMES = ("q_start", "kv_lengths", *_OFFSET_NAMES)
 _WORDS = (np.int32, np.int64)  # that kernels read
 
 
 def forward(problem: Problem, operands: Operands) -> None:
     """Fill ``operands.out`` and ``operands.lse``, on CuPy's current device and stream."""
-    ready = in_place(operands)
+    ready = in_place(with_batch(problem, operands))
     shape, strides = collapse(ready, problem.variant)
     problem, chosen = planned(problem, operands, ready)
     if 0 in chosen.grid:
@@ -117,10 +126,14 @@ def forward(problem: Problem, operands: Operands) -> None:
     chosen = chosen.settled()
     for index in np.ndindex(shape[:-BATCH_AXES]):  # more than one only where axes do not collapse
         filled = params(problem, chosen, ready, strides, index)
+        if problem.varlen:
+            fill_sequences(filled, problem, chosen, ready)
+            launch(plan.sequences(problem, chosen), filled)
         if problem.variant.has_mask:
             memory = workspace(fill_tile_bits(filled["bits"], problem, chosen, ready))
             if memory is not None:
-                filled["bits"]["counter"] = memory.data.ptr
+                if not problem.varlen:
+                    filled["bits"]["counter"] = memory.data.ptr
                 filled["bits"]["data"] = memory.data.ptr + _COUNTER_BYTES
             launch(plan.tiles(problem, chosen), filled)
         if plan.is_hopper(chosen):
@@ -131,11 +144,12 @@ def forward(problem: Problem, operands: Operands) -> None:
 def plans(problem: Problem, operands: Operands) -> list[Plan]:
     """The launches of `forward`, without launching."""
     given = (x[None] if operands.one_head and x is not None else x for x in operands.given)
-    operands = replace(operands, **dict(zip(("out", "lse"), given)))
+    operands = with_batch(problem, replace(operands, **dict(zip(("out", "lse"), given))))
     shape, _ = collapse(operands, problem.variant)
     problem, chosen = planned(problem, operands, operands)
     chosen = chosen if 0 in chosen.grid else chosen.settled()
-    own = [plan.tiles(problem, chosen)] if problem.variant.has_mask else []
+    own = [plan.sequences(problem, chosen)] if problem.varlen else []
+    own += [plan.tiles(problem, chosen)] if problem.variant.has_mask else []
     return [*own, chosen] * math.prod(shape[:-BATCH_AXES])
 
 
@@ -155,8 +169,21 @@ def planned(
     against = obstacle(problem, ready, strides)
     stored = stored_by_tma(problem, ready, strides)
     # The axis of a map that is the second one of the batch is then the heads of a pack.
-    packs = problem.batch[-2] == 1 and ready.q.strides[-3] != 0
+    packs = problem.batch[-2] == 1 and ready.q.strides[-3] != 0 and not problem.varlen
     return problem, plan.choose(problem, gpu, output, copied(operands), against, stored, packs)
+
+
+def with_batch(problem: Problem, operands: Operands) -> Operands:
+    """Packed outputs as all sequences have them, which share memory as the inputs' do."""
+    if not problem.varlen:
+        return operands
+    found = {"out": operands.out, "lse": operands.lse}
+    shared = {
+        name: cp.broadcast_to(array, (*problem.batch, *array.shape))
+        for name, array in found.items()
+        if array is not None
+    }
+    return replace(operands, **shared)
 
 
 def obstacle(
@@ -429,6 +456,30 @@ def fill_variant(
         filled["first"] = sum(i * stride for i, stride in zip(index, strides["b"]))
 
 
+def fill_sequences(
+    filled: np.ndarray, problem: Problem, chosen: plan.AttentionPlan, operands: Operands
+) -> None:
+    """Fill in the struct Sequences, and where the counter of query tiles is.
+
+    Their memory is a workspace of the call, whose recording keeps it.
+    """
+    field, count = filled["sequences"], problem.batch[-1]
+    of_each = _SEQUENCE_BYTES * (count + 2)
+    tiles = plan.query_tiles(problem, chosen)
+    memory = workspace(_COUNTER_BYTES + of_each + 4 * tiles)
+    assert memory is not None
+    first = memory.data.ptr
+    filled["bits"]["counter"], field["tiles"] = first, first + 4
+    field["each"] = first + _COUNTER_BYTES
+    field["of_tile"] = first + _COUNTER_BYTES + of_each
+    field["count"] = count
+    for number, name in enumerate(_OFFSET_NAMES):
+        array = getattr(operands, name)
+        field["offsets"][number] = array.data.ptr
+        field["strides"][number] = array.strides[0] // array.itemsize
+        field["bytes"][number] = array.itemsize
+
+
 def fill_tile_bits(
     filled: np.ndarray, problem: Problem, chosen: plan.AttentionPlan, operands: Operands
 ) -> int:
@@ -442,6 +493,8 @@ def fill_tile_bits(
         filled["head"] = step
         step *= problem.heads // chosen.pack
     lengths = problem.q_start_array or problem.kv_lengths_array
+    if problem.varlen:
+        return _COUNTER_BYTES + 4 * step  # sequences have query tiles of their own
     if lengths or variant.mask_names("b") or walked(variant, operands):
         for axis in reversed(range(BATCH_AXES)):
             filled["batch"][axis] = step

@@ -32,13 +32,14 @@ using VTile = BoxedTile<kBlockN, kHeadDimV>;
 using OTile = BoxedTile<kBlockM, kHeadDimV>;
 
 // The block goes to and fro over the query tiles, which come with those that see most keys first: so all blocks have as much to do. Where
-// variants hide places nobody has foreseen how much that is, and each block takes what comes next.
+// variants hide places, or sequences have lengths of their own, nobody has foreseen how much that is, and each block takes what comes next.
 struct Job {
+  static constexpr bool kTaken = Variant::kHasMask || kVarlen;
   int round = 0;
   uint32 taken = 0;
 
   __device__ __forceinline__ uint32 number() const {
-    if (Variant::kHasMask && round > 0) return taken;
+    if (kTaken && round > 0) return taken;
     const uint32 block = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     return round * gridDim.x + block;
   }
@@ -46,7 +47,7 @@ struct Job {
   // All of a warp's lanes together.
   __device__ __forceinline__ void advance(const TileBits& bits) {
     ++round;
-    if (!Variant::kHasMask) return;
+    if (!kTaken) return;
     if (threadIdx.x % 32 == 0) taken = gridDim.x + atomicAdd(bits.counter, 1u);
     taken = __shfl_sync(0xffffffffu, taken, 0);
   }
@@ -86,14 +87,16 @@ struct Task {
   KeyTiles tiles;         // that any of the rows sees
   KeyTiles own[kGroups];  // that any of a warpgroup's rows sees
   int row, head, kv_head, batch[2];
+  int first_row, first_key;  // of its sequence
   const uint32* bits;  // where variants hide places: `tiles` count those that are visited
 
   __device__ __forceinline__ Task(const Params& params, const BlockIndex& index)
-      : keys(params, index), tiles(keys, 0, kBlockM), row(index.tile * kBlockM), head(index.head), kv_head(index.head) {
+      : keys(params, index), tiles(keys, 0, kBlockM), row(index.tile * kBlockM), head(index.head), kv_head(index.head),
+        first_row(index.sequence.first_row), first_key(index.sequence.first_key) {
     for (int group = 0; group < kGroups; ++group) own[group] = KeyTiles(keys, group * kGroupRows, (group + 1) * kGroupRows);
     params.group.take(kv_head);
     for (int i = 0; i < 2; ++i) batch[i] = index.batch[kBatchAxes - 1 - i];
-    if (Variant::kHasMask) count_visits(params.bits, index);
+    if (Variant::kHasMask && keys.rows > 0) count_visits(params.bits, index);
   }
 
   // All of a warp's lanes together. Warpgroups then go through all of the tiles.
@@ -126,21 +129,29 @@ struct Task {
     at.h = head_of(i);
     at.row = row_in_head(i);
     at.i = at.row + keys.start;
-    at.len_q = params.len_q >> keys.pack_shift;
+    at.len_q = kVarlen ? params.sequences.each[batch[0]].rows : params.len_q >> keys.pack_shift;
     at.len_k = keys.length;
     at.scale = params.scale;
     return at;
   }
 
+  // Where the sequence begins among the arrays' rows and keys.
+  __device__ __forceinline__ int rows_before() const { return kVarlen ? first_row : 0; }
+  __device__ __forceinline__ int keys_before() const { return kVarlen ? first_key : 0; }
+
   // The tile's row i of an array: the batch has two axes at most.
   template <typename T> __device__ __forceinline__ T* row_of(const Strided<T>& array, int i) const {
     const int64 of_batch = batch[0] * array.batch[kBatchAxes - 1] + batch[1] * array.batch[kBatchAxes - 2];
-    return array.data + of_batch + head_of(i) * array.head + row_in_head(i) * array.row;
+    return array.data + of_batch + head_of(i) * array.head + (rows_before() + row_in_head(i)) * array.row;
+  }
+
+  template <typename T> __device__ __forceinline__ Corner corner_of_keys(const Strided<T>& array, int key) const {
+    return Corner(array, keys_before() + key, kv_head, batch);
   }
 
   // Where they are for the copy engine: of packed heads, the map is (column, head of the pack, row, pack, batch) -> element.
   template <typename T> __device__ __forceinline__ Corner corner(const Strided<T>& array, int i) const {
-    Corner corner(array, row + i, head, batch);
+    Corner corner(array, rows_before() + row + i, head, batch);
     if (keys.pack_shift > 0) {
       corner.at[3] = corner.at[2];
       corner.at[2] = corner.at[1];
@@ -322,8 +333,7 @@ template <bool kIsV> struct Loader {
     const int key = walk.tile * kBlockN;
     smem.barriers.k_empty[stage].wait(turn / kStages - 1);
     if (Variant::kHasMask && threadIdx.x % 32 == 0) smem.key_of(turn) = key + walk.partial();
-    bring_tile<KTile, kBlockN>(smem.k(turn), hopper.k, smem.barriers.k_full[stage],
-                               Corner(hopper.params.k, key, task.kv_head, task.batch));
+    bring_tile<KTile, kBlockN>(smem.k(turn), hopper.k, smem.barriers.k_full[stage], task.corner_of_keys(hopper.params.k, key));
   }
 
   __device__ __forceinline__ void begin() const {
@@ -336,10 +346,10 @@ template <bool kIsV> struct Loader {
   __device__ __forceinline__ void bring_v(const Task& task, int key) {
     const uint32 stage = turn % kStages;
     const int begin = task.keys.begin() - key, end = task.keys.end() - key;
-    const bool whole = begin <= 0 && (end >= kBlockN || end + key >= hopper.params.len_k);
+    const bool whole = begin <= 0 && (end >= kBlockN || task.keys_before() + end + key >= hopper.params.len_k);
     Barrier &full = smem.barriers.v_full[stage], &raw = smem.barriers.v_raw;
     smem.barriers.v_empty[stage].wait(turn / kStages - 1);
-    bring_tile<VTile, kBlockN>(smem.v(turn), hopper.v, whole ? full : raw, Corner(hopper.params.v, key, task.kv_head, task.batch));
+    bring_tile<VTile, kBlockN>(smem.v(turn), hopper.v, whole ? full : raw, task.corner_of_keys(hopper.params.v, key));
     if (whole) return;
     raw.wait(raw_turn++);
     clear_rows(smem.v(turn), 0, begin);

@@ -384,7 +384,7 @@ def plan(
     """Spell out a chosen tile as a launch, of as many blocks at most as there are places."""
     d, d_v = head_dims(engine, problem, tile)
     slices = -(-problem.head_dim_v // d_v)
-    tiles = -(-problem.len_q * pack // tile.queries)
+    tiles = most_query_tiles(problem, tile.queries, pack)
     pairs = pairs_of_heads(problem)
     blocks = tiles * slices * (pairs // pack)
     if blocks >= 2**31:
@@ -403,6 +403,7 @@ def plan(
         "kThreads": 32 * tile.warps,
         "kStages": tile.stages,
         "kMinBlocks": tile.blocks,
+        "kVarlen": problem.varlen,
         engine.rows: tile.queries // tile.warps // engine.rows_at_once,
     }
     if engine.persistent:
@@ -424,6 +425,27 @@ def plan(
         why=why,
         copies=copies,
         pack=pack,
+    )
+
+
+_SORTERS = 1024  # threads of sequences.cu
+
+
+def sequences(problem: Problem, chosen: AttentionPlan) -> Plan:
+    """Plan what finds out where sequences lie, for an attention launch that needs it."""
+    return Plan(
+        kernel=Kernel(
+            "_attention/sequences.cu",
+            "attention_sequences",
+            chosen.kernel.constants,
+            generated=chosen.kernel.generated,
+        ),
+        grid=(1, 1, 1),
+        threads=_SORTERS,
+        shared_memory=0,
+        bytes=24 * problem.batch[-1] + 4 * query_tiles(problem, chosen),
+        operations=0,
+        why="offsets on the device: which query tiles there are, those of most keys first",
     )
 
 
@@ -491,6 +513,8 @@ def sweep(problem: Problem, gpu: Gpu, chosen: AttentionPlan, by_head: bool = Fal
     together = min(pairs, max(1, gpu.l2_bytes // 2 // max(size, 1) * group))
     if by_head:
         return min(together, math.prod(problem.batch))
+    if problem.varlen:
+        return 1  # they are in an order of their own
     if not is_hopper(chosen) or query_tiles(problem, chosen) * pairs > MOST_FORESEEN:
         return 1 if problem.left is None and problem.right is None else together
     costs, blocks = tile_costs(problem, chosen), chosen.grid[0]
@@ -506,7 +530,15 @@ def sweep(problem: Problem, gpu: Gpu, chosen: AttentionPlan, by_head: bool = Fal
 
 def query_tiles(problem: Problem, chosen: AttentionPlan) -> int:
     """Query tiles of one head, or of one pack of them."""
-    return -(-problem.len_q * chosen.pack // int(dict(chosen.kernel.constants)["kBlockM"]))
+    queries = int(dict(chosen.kernel.constants)["kBlockM"])
+    return most_query_tiles(problem, queries, chosen.pack)
+
+
+def most_query_tiles(problem: Problem, queries: int, pack: int = 1) -> int:
+    """Tiles of so many queries; of sequences no more than that, whatever their lengths are."""
+    if problem.varlen:  # and the rows behind the last one
+        return problem.len_q // queries + problem.batch[-1] + 1
+    return -(-problem.len_q * pack // queries)
 
 
 def tile_costs(problem: Problem, chosen: AttentionPlan) -> np.ndarray:
@@ -538,8 +570,8 @@ def imbalance(costs: np.ndarray, pairs: int, together: int, blocks: int) -> floa
 
 
 def pairs_of_heads(problem: Problem) -> int:
-    """Heads, over all batches."""
-    return problem.heads * math.prod(problem.batch)
+    """Heads, over all batches; packed sequences are one."""
+    return problem.heads * (1 if problem.varlen else math.prod(problem.batch))
 
 
 def first_position(problem: Problem) -> int:
@@ -548,7 +580,14 @@ def first_position(problem: Problem) -> int:
 
 
 def visible(problem: Problem) -> int:
-    """Scores of one head that are not masked, with all of len_k where lengths are arrays."""
+    """Scores of one head that are not masked, with all of len_k where lengths are arrays.
+
+    Packed sequences count as equally long.
+    """
+    if problem.varlen:
+        count = problem.batch[-1]
+        len_q, len_k = problem.len_q // count, problem.len_k // count
+        return count * visible(replace(problem, len_q=len_q, len_k=len_k, varlen=False))
     len_q, len_k, start = problem.len_q, problem.len_k, first_position(problem)
     end = len_k * len_q
     if problem.right is not None:

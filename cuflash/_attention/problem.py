@@ -23,6 +23,9 @@ class Problem:
     ``[max(0, i + start - left), min(length, i + start + right + 1))``, where ``length`` is
     ``kv_lengths[b]`` (``len_k`` without) and ``start`` is ``q_start`` or else ``length - len_q``.
     ``causal`` is folded into ``right``; a side that bounds nothing is None.
+
+    With ``varlen`` the one batch axis is that of sequences, which lie behind one another in packed
+    arrays of ``len_q`` rows and ``len_k`` keys in all: where each begins is in arrays.
     """
 
     dtype: str  # "float16" "bfloat16" "float32" "float64"
@@ -42,6 +45,7 @@ class Problem:
     precision: str | None  # None, or "tf32" for float32
     return_lse: bool
     variant: Program = PLAIN
+    varlen: bool = False
 
     @property
     def group(self) -> int:
@@ -50,11 +54,11 @@ class Problem:
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        return (*self.batch, self.heads, self.len_q, self.head_dim_v)
+        return (*self.lse_shape, self.head_dim_v)
 
     @property
     def lse_shape(self) -> tuple[int, ...]:
-        return (*self.batch, self.heads, self.len_q)
+        return (*(() if self.varlen else self.batch), self.heads, self.len_q)
 
     @property
     def lse_dtype(self) -> str:
@@ -66,7 +70,8 @@ class Operands:
     """The arrays of a call, all of one library, with every axis the Problem names.
 
     Batch axes are broadcast by strides of 0; nothing has been copied, so strides are the caller's.
-    ``out`` and ``lse`` stand ready once api.allocate has been called.
+    ``out`` and ``lse`` stand ready once api.allocate has been called. Packed outputs have no batch
+    axes.
     """
 
     q: Any  # [*batch, heads, len_q, head_dim]
@@ -76,6 +81,10 @@ class Operands:
     lse: Any = None  # [*batch, heads, len_q], or None when not wanted
     q_start: Any = None  # [*batch], any integer dtype, or None
     kv_lengths: Any = None  # [*batch], any integer dtype, or None
+    q_offsets: Any = (
+        None  # [batch + 1], any integer dtype: where sequences begin; None but for varlen
+    )
+    k_offsets: Any = None
     # Of the slots of Problem.variant: numbers, and arrays of the indexed axes, maybe after [*batch]
     values: tuple[Any, ...] = ()
     one_head: bool = False  # the caller's arrays are 2-D, without the axis of heads

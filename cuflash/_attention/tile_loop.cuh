@@ -14,7 +14,9 @@
 //   QTile, KTile, VTile                   how the operands lie in shared memory
 //   row(r), key(c), output(c)             the place of a thread's element in the block's tiles
 //   scores(s, q, k), weigh(o, s, v)       S += Q K^T and O += P V
-// and expects Variant and, as constants: Element, Output, kHeadDim, kHeadDimV, kSlices, kBlockM, kBlockN, kThreads, kStages.
+// and expects Variant and, as constants: Element, Output, kHeadDim, kHeadDimV, kSlices, kBlockM, kBlockN, kThreads, kStages, and
+// kVarlen, with which batch entries are sequences in packed arrays: each has rows and keys of its own there.
+#include "_attention/sequences.cuh"
 #include "device/online_softmax.cuh"
 #include "device/shared_tile.cuh"
 
@@ -59,7 +61,7 @@ struct TileBits {
   int tasks;                // query tiles, over all heads and batches
 
   template <typename Index> __device__ __forceinline__ uint32* of(const Index& index) const {
-    return data + index.offset(batch) + index.head * head + index.tile * 2 * words;
+    return data + index.offset(batch) + index.head * head + (kVarlen ? index.sequence.first_tile + index.tile : index.tile) * 2 * words;
   }
 };
 
@@ -85,6 +87,7 @@ struct Params {
   int by_head;     // with variants: pairs of a head follow one another, not those of a batch entry
   Variant variant;
   TileBits bits;
+  Sequences sequences;  // with kVarlen; len_q and len_k are then those of the packed arrays
 };
 
 constexpr int64 kEndAligned = -(1ll << 62);
@@ -104,6 +107,7 @@ constexpr Accumulator<Element> kLargestReference = Variant::kHasScore           
 struct BlockIndex {
   int tile, head, first_column = 0;
   int batch[kBatchAxes];
+  Sequence sequence = {};  // with kVarlen; of no rows for a block that has nothing to do
 
   __device__ __forceinline__ explicit BlockIndex(const Params& params) : BlockIndex(params, recomputed(blockIdx.x)) {}
 
@@ -113,6 +117,14 @@ struct BlockIndex {
       first_column = sweep % kSlices * kHeadDimV;
       sweep /= kSlices;
     }
+    if (kVarlen) {
+      find_in_sequences(params, sweep);
+    } else {
+      find_in_sweeps(params, sweep);
+    }
+  }
+
+  __device__ __forceinline__ void find_in_sweeps(const Params& params, int sweep) {
     int place = params.tiles_of_sweep.take(sweep);
     int pair = sweep * params.sweep.length + (sweep < params.sweeps - 1 ? params.sweep : params.last_sweep).take(place);
     tile = (params.len_q - 1) / kBlockM - place;
@@ -123,6 +135,26 @@ struct BlockIndex {
     if (by_head) head = pair;
   }
 
+  // Sequences follow one another, the heads of each, and the tiles of these, so that keys stay in L2.
+  __device__ __forceinline__ void find_in_sequences(const Params& params, int number) {
+    const Sequences& all = params.sequences;
+    tile = head = 0;
+#pragma unroll
+    for (int axis = 0; axis < kBatchAxes; ++axis) batch[axis] = 0;
+    int place = number;
+    params.heads.take(place);  // as many tiles of all heads lie before a sequence's as tiles of one head, times the heads
+    if (place >= *all.tiles) return;
+    const int entry = all.of_tile[place];
+    sequence = all.each[entry];
+    const int own = number - sequence.first_tile * int(params.heads.length);
+    head = own / sequence.tiles;
+    tile = sequence.tiles - 1 - own % sequence.tiles;
+    batch[kBatchAxes - 1] = min_of(entry, all.count - 1);  // rows of no sequence read what is the last one's
+  }
+
+  __device__ __forceinline__ int len_q(const Params& params) const { return kVarlen ? sequence.rows : params.len_q; }
+  __device__ __forceinline__ int len_k(const Params& params) const { return kVarlen ? sequence.keys : params.len_k; }
+
   __device__ __forceinline__ int64 offset(const int64 (&strides)[kBatchAxes]) const {
     int64 sum = 0;
 #pragma unroll
@@ -130,7 +162,10 @@ struct BlockIndex {
     return sum;
   }
   template <typename T> __device__ __forceinline__ T* rows_of(const Strided<T>& array, int head) const {
-    return array.data + offset(array.batch) + head * array.head;
+    return array.data + offset(array.batch) + head * array.head + sequence.first_row * array.row;
+  }
+  template <typename T> __device__ __forceinline__ T* keys_of(const Strided<T>& array, int head) const {
+    return array.data + offset(array.batch) + head * array.head + sequence.first_key * array.row;
   }
   __device__ __forceinline__ int64 value_of(const PerBatch& array, int64 otherwise) const {
     if (array.bytes == 0) return otherwise;
@@ -156,13 +191,13 @@ struct KeyInterval {
   int pack_shift;
 
   __device__ __forceinline__ KeyInterval(const Params& params, const BlockIndex& index) : pack_shift(params.pack_shift) {
-    const int len_q = params.len_q >> pack_shift, len_k = params.len_k, top = index.tile * kBlockM >> pack_shift;
+    const int len_q = index.len_q(params) >> pack_shift, len_k = index.len_k(params), top = index.tile * kBlockM >> pack_shift;
     length = clamp(index.value_of(params.kv_lengths, len_k), 0, len_k);  // never trusted
     const bool aligned = params.q_starts.bytes == 0 && params.q_start == kEndAligned;
     start = aligned ? length - len_q : clamp(index.value_of(params.q_starts, params.q_start), -(1 << 30), 1 << 30);
     first = top + clamp(start - params.left, -len_q, len_k);  // further out changes nothing, and int suffices
     last = top + clamp(start + params.right + 1, -len_q, len_k);
-    rows = min_of(kBlockM, params.len_q - index.tile * kBlockM);
+    rows = min_of(kBlockM, index.len_q(params) - index.tile * kBlockM);
   }
   __device__ __forceinline__ int begin(int row) const { return max_of(first + (row >> pack_shift), 0); }
   __device__ __forceinline__ int end(int row) const { return max_of(min_of(last + (row >> pack_shift), length), 0); }
@@ -188,7 +223,7 @@ __device__ __forceinline__ Variant::Coordinates coordinates(const Params& params
   at.h = index.head;
   at.row = index.tile * kBlockM + i;
   at.i = at.row + keys.start;
-  at.len_q = params.len_q;
+  at.len_q = index.len_q(params);
   at.len_k = keys.length;
   at.scale = params.scale;
   return at;
@@ -368,7 +403,7 @@ template <typename Products> struct Rows {
       const int row = first_row + Products::row(r);
       pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
       const bool empty = pair[r].max == -infinity<T>() && pair[r].sum == T(0);  // and no NaN
-      if (row >= params.len_q) continue;
+      if (row >= index.len_q(params)) continue;
       const bool fits = has_weights(pair[r].max);
       T factor = 1;
       if (Variant::kHasSink) {
@@ -411,6 +446,7 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
 
   // Setup: this block's rows, and the keys that any of them may see.
   const BlockIndex index(params);
+  if (kVarlen && index.sequence.rows == 0) return;
   const KeyInterval keys(params, index);
   const uint32* bits = Variant::kHasMask ? params.bits.of(index) : nullptr;
   const auto tile_from = [&](int tile) {  // the first one that is visited
@@ -428,8 +464,8 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
   const Element* q = index.rows_of(params.q, index.head);
   int kv_head = index.head;
   params.group.take(kv_head);
-  const Element* k = index.rows_of(params.k, kv_head);
-  const Element* v = index.rows_of(params.v, kv_head) + index.first_column;
+  const Element* k = index.keys_of(params.k, kv_head);
+  const Element* v = index.keys_of(params.v, kv_head) + index.first_column;
 
   const auto k_smem = [&](int turn) {
     return typename Products::KTile(base + Shared<Products>::kK + turn % kStages * Products::KTile::kBytes);
@@ -449,7 +485,7 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
   const typename Products::QTile q_smem(base);
   Rows<Products> rows;
   rows.start();
-  fill<kThreads>(q_smem, q, params.q.row, params.head_dim, index.tile * kBlockM, 0, params.len_q);
+  fill<kThreads>(q_smem, q, params.q.row, params.head_dim, index.tile * kBlockM, 0, index.len_q(params));
   load_k(first_tile, first_tile);
   if (kStages == 2) load_v(first_tile, first_tile);
 

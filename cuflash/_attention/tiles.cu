@@ -16,7 +16,7 @@ __device__ __forceinline__ interval::Area area(const Params& params, const Block
   area.h = between(index.head * pack, index.head * pack + pack - 1);
   area.row = between(top, bottom);
   area.i = between(top + keys.start, bottom + keys.start);
-  area.len_q = exactly(params.len_q >> keys.pack_shift);
+  area.len_q = exactly(index.len_q(params) >> keys.pack_shift);
   area.len_k = exactly(keys.length);
   return area;
 }
@@ -28,9 +28,10 @@ extern "C" __global__ void __launch_bounds__(128) attention_tiles(const __grid_c
   const int task = int(warp / bits.words), word = int(warp % bits.words);
   if (task >= bits.tasks) return;
   const BlockIndex index(params, task * kSlices);
-  bool repeats = index.head > 0 && bits.head == 0;  // heads and batches whose tiles are the first one's
+  if (kVarlen && index.sequence.rows == 0) return;
+  bool repeats = index.head > 0 && bits.head == 0;  // heads and batches whose tiles are the first one's; each sequence has its own
 #pragma unroll
-  for (int axis = 0; axis < kBatchAxes; ++axis) repeats |= index.batch[axis] > 0 && bits.batch[axis] == 0;
+  for (int axis = 0; axis < kBatchAxes; ++axis) repeats |= !kVarlen && index.batch[axis] > 0 && bits.batch[axis] == 0;
   if (repeats) return;
 
   const KeyInterval keys(params, index);

@@ -197,10 +197,10 @@ struct HopperRows : Rows<HopperProducts> {
   // Stores from there the rows of this warp that exist, 16 bytes a lane: what a box of TMA has beyond a sequence's end is the next one's.
   static __device__ __forceinline__ void store_staged(const Params& params, const Task& task, uint32 o_smem) {
     constexpr int kBlocks = kHeadDimV / 8;
-    const int top = Products::warp_row();
+    const int top = Products::warp_row(), rows = min_of(task.keys.rows - top, int(Products::kWarpRows));
     __syncwarp();  // all lanes have left theirs
 #pragma unroll 1
-    for (int i = threadIdx.x % 32; i < (task.keys.rows - top) * kBlocks; i += 32) {
+    for (int i = threadIdx.x % 32; i < rows * kBlocks; i += 32) {
       const int row = top + i / kBlocks, block = i % kBlocks, columns = params.head_dim_v - 8 * block;
       const uint32 from = o_smem + block / 8 * OTile::kBoxBytes + row * 2 * kBox + (block % 8 ^ row % 8) * 16;
       Output* out = task.row_of(params.out, row) + 8 * block;

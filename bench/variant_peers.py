@@ -87,6 +87,27 @@ def _flex(
     return Contestant(name, lambda: ready()())
 
 
+def flex_blocks(qkv: Sequence[Any], blocks: Any, size: int) -> list[Contestant]:
+    """Return FlexAttention on whole blocks, (1 or heads, n_q, n_k), which need no mask inside."""
+    torch = peers.torch_with_gpu()
+    if dynamo := peers.find("torch._dynamo"):
+        dynamo.reset()
+
+    @cache
+    def ready() -> Callable[[], Any]:
+        module = peers.find("torch.nn.attention.flex_attention")
+        there = peers.as_torch(blocks)[None]
+        counts = there.sum(-1, dtype=torch.int32)
+        indices = there.byte().argsort(dim=-1, descending=True, stable=True).int()
+        nothing = torch.zeros_like(counts), torch.zeros_like(indices)
+        mask = module.BlockMask.from_kv_blocks(*nothing, counts, indices, BLOCK_SIZE=size)
+        tensors = [peers.as_torch(x) for x in qkv]
+        function = torch.compile(module.flex_attention, dynamic=False, fullgraph=True)
+        return lambda: function(*tensors, block_mask=mask)
+
+    return [Contestant(FLEX, lambda: ready()())]
+
+
 @cache
 def approximate_tanh() -> Callable[[Any], Any]:
     """Return tanh as the GPU's instruction, which PyTorch's own tanh is not."""

@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+import cuflash
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 pytest.importorskip("ml_dtypes")
@@ -21,7 +24,8 @@ def bench(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(CHECKOUT)])
     names = ("attention", "softmax", "selection", "loss", "rows", "row_peers")
     names += ("paper", "contest", "peers", "report", "timing", "__main__")
-    names += ("variants", "variant_peers", "figures")
+    names += ("variants", "variant_peers", "figures", "dropout", "first_call")
+    names += ("blocks", "varlen", "flash")
     return SimpleNamespace(**{n: importlib.import_module(f"bench.{n}") for n in names})
 
 
@@ -103,6 +107,21 @@ def plain_paper(bench, case, x):
     return plain_selection(bench.selection.Case("softmax_topk", case.matrix, case.k), x)
 
 
+def with_dropout(qkv, asked):
+    """What a library that draws its numbers in NumPy makes of dropout, from its own weights."""
+    (q, k, v), asked = qkv, dict(asked)
+    rate, random = asked.pop("dropout"), np.random.default_rng(asked.pop("seed"))
+    unit = np.broadcast_to(np.eye(k.shape[-2], dtype=v.dtype), (*k.shape[:-1], k.shape[-2]))
+    weights = cuflash.attention(q, k, unit, **asked).astype(np.float64)
+    kept = random.random(weights.shape) >= rate
+    return (weights * kept / (1 - rate) @ v.astype(np.float64)).astype(v.dtype)
+
+
+def packed_attention(q, k, v, offsets, causal):
+    parts = [plain_attention(q[:, a:b], k[:, a:b], v[:, a:b], causal) for a, b in pairwise(offsets)]
+    return np.concatenate(parts, axis=1)
+
+
 def pretended_run(bench, monkeypatch, room, *arguments, fault=0.0):
     """Sweep as the command does, with NumPy in everybody's place; ours errs by `fault`."""
     contestant = bench.timing.Contestant
@@ -144,12 +163,25 @@ def pretended_run(bench, monkeypatch, room, *arguments, fault=0.0):
 
     variants = bench.variants.ours
 
-    def variant(*asked):  # NumPy's own kernels
-        right, kernel = variants(*asked)
-        return contestant(right.name, lambda: right.call() * (1 + fault)), kernel
+    def variant(qkv, asked, engine):  # NumPy's own kernels
+        wrong = 100 * fault if qkv[0].dtype == "float16" else fault
+        if "dropout" in asked:
+            if wrong > 0.01:  # what is judged by chance is as wrong as what drops nothing
+                asked = asked | {"dropout": 0.0}
+            dropped = contestant("cuflash", lambda: with_dropout(qkv, asked) * (1 + wrong))
+            return dropped, "pretended"
+        right, kernel = variants(qkv, asked, engine)
+        return contestant(right.name, lambda: right.call() * (1 + wrong)), kernel
+
+    def packed(qkv, offsets, causal):
+        right = packed_attention(*qkv, offsets, causal)
+        return contestant("cuflash", lambda: right * (1 + fault))
 
     monkeypatch.setattr(bench.peers, "torch_with_gpu", lambda: None)
     monkeypatch.setattr(bench.variants, "ours", variant)
+    monkeypatch.setattr(bench.varlen, "ours", packed)
+    monkeypatch.setattr(bench.blocks, "SIZE", 16)
+    monkeypatch.setattr(bench.flash, "BATCH", 2)
     monkeypatch.setattr(bench.peers, "attention", attention)
     monkeypatch.setattr(bench.peers, "free_memory", lambda: None)
     monkeypatch.setattr(bench.peers, "matmul", lambda *_: (contestant("matmul", int), 1e9))
@@ -187,7 +219,10 @@ COMMANDS = {  # and how many cases they are
     "selection": (("--k", "1", "2", "10", *ROWS), 38),
     "loss": (ROWS, 12),
     "paper": (("--batch", "3", "10", "--n", "63", "100", "1000"), 12),
-    "variants": (("--n", "33", "64", "--d", "16", "--dtype"), 22),
+    "variants": (("--n", "33", "64", "--d", "16", "--dtype"), 24),
+    "blocks": (("--n", "64", "--d", "32", "--dtype"), 6),
+    "varlen": (("--tokens", "512", "1024", "--d", "128", "--dtype"), 4),
+    "flash": (("--n", "32", "64"), 8),
 }
 
 
@@ -217,7 +252,11 @@ def test_sweep_judges_and_reports(bench, monkeypatch, tmp_path, capsys, room, dt
     assert [path.read_bytes() for path in drawn] == before
     wrong = pretended_run(bench, monkeypatch, *command, fault=1e-3)
     assert all("cuflash" not in case["times"] for case in wrong["cases"])
-    assert all("WRONG" in row for row in bench.report.table(wrong)[1:])
+    rows = bench.report.table(wrong)[1:]
+    if room == "flash":  # of its rows, some are ours
+        rows = [row for row in rows if row[1].startswith("cuflash")]
+    assert rows
+    assert all("WRONG" in row for row in rows)
 
 
 def test_half_types_leave_no_room_for_a_lost_tile(bench):
@@ -268,7 +307,8 @@ def test_default_variants(bench):
     wanted = {c.variant: c.target()["target"] for c in cases() if c.target()}
     assert wanted["softcap"] == {"peer": "FlexAttention", "least": 2.0}
     assert wanted["bias"] == {"peer": "cuDNN", "least": 1.5}
-    assert len(wanted) == sum(bool(c.target()) for c in cases()) == 7
+    assert wanted["dropout 0.1"] == {"peer": "FA2, cuDNN", "least": 1.3}
+    assert len(wanted) == sum(bool(c.target()) for c in cases()) == 8
 
 
 def test_operations_of_variants_are_of_the_scores_that_are_seen(bench):
@@ -317,10 +357,12 @@ def test_flex_attention_and_masks_compute_the_variants(bench, monkeypatch, dtype
     monkeypatch.setattr(bench.peers, "torch_with_gpu", lambda: torch)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(bench.variants, "MASKING", (("cuDNN", "MATH"), ("mem-efficient", "MATH")))
+    monkeypatch.setattr(bench.variants, "DROPPING", (("FA2", "MATH"), ("cuDNN", "MATH")))
     for name, variant in bench.variants.VARIANTS.items():
         case = bench.variants.Case(dtype, 16, 128, name)
         found = bench.contest.measure(case, PretendedStopwatch(), {}, seconds=0.0)
-        expected = {"cuflash", "FlexAttention"} | ({"plain"} if variant.more else set())
+        expected = {"cuflash"} | ({"plain"} if variant.more else set())
+        expected |= {"FA2", "cuDNN"} if variant.dropout else {"FlexAttention"}
         expected |= {"cuDNN", "mem-efficient"} if variant.masks else set()
         expected |= {"Flex tanh.approx"} if variant.capped else set()
         assert expected <= found["errors"].keys()

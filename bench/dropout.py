@@ -15,7 +15,7 @@ Row = tuple[Any, np.ndarray, np.ndarray]
 
 WRONG = 1e9
 SPREAD = 4.0  # what the errors' variance may be off by; without dropout it is 0
-CERTAIN = math.log(2 / 1e-9)  # one element in a billion may be beyond what is allowed by chance
+CERTAIN = math.log(2 / 1e-9)
 
 
 def by_kept_weights(
@@ -71,11 +71,13 @@ def by_chance(rows: Sequence[Row], dtype: str, rate: float) -> Judge:
 
     A weight p becomes p / (1 - r) or, with probability r, 0. Its error is p e, where e has mean 0,
     variance r / (1 - r), and is at most max(1, r / (1 - r)) in size. An element of the result errs
-    by a sum of such errors times values: Bernstein's inequality says what it may come to. Over all
-    elements, the squares of the errors are as large as their variances on average.
+    by a sum of such errors times values: Bernstein's inequality says what that is below, but once
+    in a billion. The squares of the errors are as large as their variances on average. And the sum
+    of all errors along the right answer, which tells a wrong mean, is within eight standard errors
+    of 0.
     """
     odds = rate / (1 - rate)
-    pieces = []
+    pieces, drift_variance, drift_rounding = [], 0.0, 0.0
     for place, scores, values in rows:
         right, rounding = attention.weighed(scores, values, dtype)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -85,13 +87,18 @@ def by_chance(rows: Sequence[Row], dtype: str, rate: float) -> Judge:
         third = CERTAIN * largest / 3
         allowed = third + np.sqrt(third**2 + 2 * CERTAIN * variance) + rounding
         pieces.append((place, right, allowed, variance))
+        drift_variance += odds * np.sum((weights * (right @ values.T)) ** 2)
+        drift_rounding += np.sum(rounding * np.abs(right))
+    drift_allowed = 8 * math.sqrt(drift_variance) + drift_rounding
 
     def judge(result: Any, strictly: bool) -> float:
-        worst, spread = [], []
+        worst, spread, drift = [], [], 0.0
         for place, right, allowed, variance in pieces:
             error = peers.to_host(result[place]) - right
             worst.append(np.max(np.abs(error) / allowed))
             spread.append(np.mean(error**2 / variance))
+            drift += np.sum(error * right)
+        worst.append(abs(drift) / drift_allowed)
         return float(max(worst)) if 1 / SPREAD < np.mean(spread) < SPREAD else WRONG
 
     return judge

@@ -88,7 +88,7 @@ def _flex(
 
 
 def flex_blocks(qkv: Sequence[Any], blocks: Any, size: int) -> list[Contestant]:
-    """Return FlexAttention on whole blocks, (1 or heads, n_q, n_k), which need no mask inside."""
+    """Return FlexAttention on blocks, (1 or heads, n_q, n_k), that need no mask inside."""
     torch = peers.torch_with_gpu()
     if dynamo := peers.find("torch._dynamo"):
         dynamo.reset()
@@ -99,8 +99,14 @@ def flex_blocks(qkv: Sequence[Any], blocks: Any, size: int) -> list[Contestant]:
         there = peers.as_torch(blocks)[None]
         counts = there.sum(-1, dtype=torch.int32)
         indices = there.byte().argsort(dim=-1, descending=True, stable=True).int()
-        nothing = torch.zeros_like(counts), torch.zeros_like(indices)
-        mask = module.BlockMask.from_kv_blocks(*nothing, counts, indices, BLOCK_SIZE=size)
+        partial_ones = torch.zeros_like(counts), torch.zeros_like(indices)
+        mask = module.BlockMask.from_kv_blocks(
+            *partial_ones,
+            counts,
+            indices,
+            BLOCK_SIZE=size,
+            mask_mod=lambda b, h, i, j: there[0, h % there.shape[1], i // size, j // size],
+        )
         tensors = [peers.as_torch(x) for x in qkv]
         function = torch.compile(module.flex_attention, dynamic=False, fullgraph=True)
         return lambda: function(*tensors, block_mask=mask)

@@ -51,7 +51,7 @@ def kept_weights(
     a weight is about 1 / N, nothing underflows. A call shows as many keys as there are columns.
     """
     length, columns = v.shape[-2:]
-    shown = stopwatch.array(length * np.eye(columns)).astype(v.dtype)
+    shown = stopwatch.array(length * np.eye(columns, dtype=np.float32)).astype(v.dtype)
     probe = v.copy()
     us = ours(probe)
     found: list[list[np.ndarray]] = [[] for _ in places]

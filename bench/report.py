@@ -55,7 +55,8 @@ def _milliseconds(case: dict | None, name: str) -> str:
     if case is None:
         return ""
     if name in case["times"]:
-        return f"{case['times'][name]['seconds'] * 1e3:.3g}"
+        time = case["times"][name]["seconds"] * 1e3
+        return f"{time:.3g}" if time < 999.5 else f"{time:.0f}"
     return "WRONG" if name in case["errors"] else "-"
 
 

@@ -357,11 +357,11 @@ def test_times_are_printed_as_papers_have_them(bench):
         return {"case": labels, "density": 1 / n, "times": times, "errors": errors}
 
     everybody = {"cuflash": 0.1, "P": 0.1}
-    cases = [case("a", 1, everybody, cuflash=1e-3, P=0.25), case("b", 1, everybody, P=2e-3)]
+    cases = [case("a", 1, everybody, cuflash=1e-3, P=1.25), case("b", 1, everybody, P=2e-3)]
     cases.append(case("a", 8, {"cuflash": 0.1}, cuflash=0.0234567))
     assert bench.report.table({"unit": "ms", "over": "N", "cases": cases}) == [
         ["call", "time in ms", "1", "8"],
-        ["a", "P", "250", "-"],
+        ["a", "P", "1250", "-"],
         ["a", "cuflash", "1", "23.5"],
         ["a", "density", "1", "0.125"],
         ["b", "P", "2", ""],

@@ -13,6 +13,7 @@ from .timing import Contestant, Stopwatch
 # Rows that are looked at: where they are, their scores, and the values of all keys, on the host.
 Row = tuple[Any, np.ndarray, np.ndarray]
 
+STEPS = 1 << 16  # cuflash takes the nearest multiple of one in so many as the probability
 WRONG = 1e9
 SPREAD = 4.0  # what the errors' variance may be off by; without dropout it is 0
 CERTAIN = math.log(2 / 1e-9)
@@ -30,6 +31,7 @@ def by_kept_weights(
     They are found by other values and must be the same for these. Of M weights, ``(1 - rate) M``
     are kept, give or take six standard errors.
     """
+    rate = round(rate * STEPS) / STEPS
     found = kept_weights([place for place, _, _ in rows], v, ours, stopwatch)
     pieces, kept, shown = [], 0, 0
     for (place, scores, values), mask in zip(rows, found):

@@ -113,11 +113,11 @@ def plain_paper(bench, case, x):
 def with_dropout(qkv, asked):
     """What a library that draws its numbers in NumPy makes of dropout, from its own weights."""
     (q, k, v), asked = qkv, dict(asked)
-    rate, random = asked.pop("dropout"), np.random.default_rng(asked.pop("seed"))
+    rate, random = round(asked.pop("dropout") * 65536), np.random.default_rng(asked.pop("seed"))
     unit = np.broadcast_to(np.eye(k.shape[-2], dtype=v.dtype), (*k.shape[:-1], k.shape[-2]))
     weights = cuflash.attention(q, k, unit, **asked).astype(np.float64)
-    kept = random.random(weights.shape) >= rate
-    return (weights * kept / (1 - rate) @ v.astype(np.float64)).astype(v.dtype)
+    kept = random.integers(65536, size=weights.shape) >= rate
+    return (weights * kept / (1 - rate / 65536) @ v.astype(np.float64)).astype(v.dtype)
 
 
 def packed_attention(q, k, v, offsets, causal):
@@ -453,20 +453,20 @@ def test_dropout_is_judged_by_chance(bench):
 def test_our_dropout_is_judged_by_the_weights_that_are_kept(bench):
     random = np.random.default_rng(0)
     rows, weights, v = dropped_rows(bench, random, 250)
-    kept = random.random(weights.shape) >= 0.1
+    kept = random.random(weights.shape) >= 0.125
 
-    def judge(rate=0.1, mask=kept):
+    def judge(rate=0.125, mask=kept):
         def ours(values):
-            return bench.timing.Contestant("cuflash", lambda: weights * mask / 0.9 @ values)
+            return bench.timing.Contestant("cuflash", lambda: weights * mask / 0.875 @ values)
 
         return bench.dropout.by_kept_weights(rows, v, rate, ours, PretendedStopwatch())
 
-    right = weights * kept / 0.9 @ v
+    right = weights * kept / 0.875 @ v
     assert judge()(right, True) < 1
     assert judge()(right * (1 + 1e-5), True) > 1
-    other = random.random(weights.shape) >= 0.1
+    other = random.random(weights.shape) >= 0.125
     assert judge(mask=other)(right, True) > 1  # kept are others with other values
-    assert judge(rate=0.15)(weights * kept / 0.85 @ v, True) > 1  # more than should be
+    assert judge(rate=0.1875)(weights * kept / 0.8125 @ v, True) > 1  # more than should be
 
 
 def test_packed_batches_are_skewed_and_whole(bench):

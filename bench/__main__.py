@@ -4,13 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import attention, loss, paper, report, selection, softmax, variants
+from . import attention, blocks, flash, loss, paper, report, selection, softmax, variants, varlen
 from .contest import OURS, sweep
 from .environment import environment
 from .timing import Stopwatch
 
 ROOMS = {"attention": attention, "softmax": softmax, "selection": selection, "loss": loss}
-ROOMS |= {"paper": paper, "variants": variants}
+ROOMS |= {"paper": paper, "variants": variants, "blocks": blocks, "varlen": varlen}
+ROOMS |= {"flash": flash}
 SECONDS_A_CASE = 2.0  # at most, of a part of a sweep; a room may have its own
 
 

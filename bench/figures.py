@@ -25,10 +25,12 @@ def draw(run: dict, folder: Path) -> list[str]:
     room, gpu = run["room"], slug(run["environment"]["gpu"])
     if room == "paper":
         plots = {f"paper-{part}-{gpu}.svg": partial(paper, part=part) for part in PARTS}
-    elif room == "variants":
-        plots = {f"{room}-{gpu}.svg": bars}
+    elif room == "varlen":
+        plots = {}  # its table says it all
     else:
-        plots = {f"{room}-{gpu}.svg": shares if run["unit"] == "TB/s" else rates}
+        own = {"variants": bars, "blocks": sparse, "flash": times}
+        plot = own.get(room) or (shares if run["unit"] == "TB/s" else rates)
+        plots = {f"{room}-{gpu}.svg": plot}
     for name, plot in plots.items():
         plot(run, folder / name)
     return list(plots)
@@ -92,6 +94,64 @@ def bars(run: dict, path: Path) -> None:
         panel.set_xticks(range(len(cases)), names, rotation=40, ha="right")
         panel.set(title=title)
     finish(figure, axes, path, "variant", run["unit"])
+
+
+def sparse(run: dict, path: Path) -> None:
+    """Draw the time of block-sparse calls over the density, as a share of the dense time."""
+    from matplotlib import ticker
+
+    panels = _sparse(run)
+    figure, axes = grid(len(panels), 4)
+    for panel, (title, lines) in zip(axes, panels.items()):
+        drawn = [at for points in lines.values() for at, _ in points]
+        ends = min(drawn), max(drawn)
+        panel.plot(ends, ends, color="gray", linestyle="--", label="density x dense time")
+        for number, (name, points) in enumerate(lines.items()):
+            style = {"color": "black" if name == OURS else f"C{number}", "marker": "."}
+            panel.plot(*zip(*sorted(points)), label=name, **style)
+        panel.set(title=title, xscale="log", yscale="log")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(ticker.PercentFormatter(1, decimals=None))
+            axis.set_minor_locator(ticker.NullLocator())
+    finish(figure, axes, path, "blocks that are there", "of the dense time")
+
+
+def _sparse(run: dict) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Group the cases: panel -> contestant -> (density, time over that of our dense call)."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for case in run["cases"]:
+        labels, seconds = case["case"], {n: t["seconds"] for n, t in case["times"].items()}
+        dense = seconds.pop(case["target"]["peer"], None)
+        words = [labels["dtype"], *(f"{k} {labels[k]}" for k in ("d", "N"))]
+        lines = panels.setdefault(", ".join(words), {})
+        for name, time in seconds.items() if dense else ():
+            lines.setdefault(name, []).append((labels[run["over"]], time / dense))
+    return {title: lines for title, lines in panels.items() if lines}
+
+
+def times(run: dict, path: Path) -> None:
+    """Draw everybody's time in ms over the length, one panel a call."""
+    calls = list(dict.fromkeys(case["case"]["call"] for case in run["cases"]))
+    names = list(dict.fromkeys(name for case in run["cases"] for name in case["times"]))
+    lengths = sorted({case["case"][run["over"]] for case in run["cases"]})
+    figure, axes = grid(len(calls), 2, width=3.2)
+    for panel, call in zip(axes, calls):
+        for number, name in enumerate(names):
+            points = [
+                (case["case"][run["over"]], case["times"][name]["seconds"] * 1e3)
+                for case in run["cases"]
+                if case["case"]["call"] == call and name in case["times"]
+            ]
+            style = {"color": "black" if name.startswith(OURS) else f"C{number}", "marker": "."}
+            style |= {"linestyle": ":"} if name.startswith(f"{OURS} ") else {}
+            if points:
+                panel.plot(*zip(*sorted(points)), label=name, **style)
+        panel.set(title=call, yscale="log")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(lengths, [f"{n >> 10}k" if n % 1024 == 0 else f"{n}" for n in lengths])
+        panel.minorticks_off()
+    finish(figure, axes, path, run["over"], run["unit"])
 
 
 def shares(run: dict, path: Path) -> None:

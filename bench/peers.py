@@ -122,7 +122,14 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool) -> list[Contestant]:
 
 
 def sdpa(
-    name: str, backend: str, q: Any, k: Any, v: Any, causal: bool, mask: Any = None
+    name: str,
+    backend: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    causal: bool = False,
+    mask: Any = None,
+    dropout: float = 0.0,
 ) -> Contestant:
     """Return one backend of PyTorch's attention; a mask is added to scores, or is of bool."""
     torch, nn = torch_with_gpu(), find("torch.nn.attention")
@@ -133,7 +140,8 @@ def sdpa(
         return nn.sdpa_kernel(getattr(nn.SDPBackend, backend))
 
     def call() -> Any:
-        return torch.nn.functional.scaled_dot_product_attention(*tensors(), is_causal=causal)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(*tensors(), dropout_p=dropout, is_causal=causal)
 
     return Contestant(name, call, scope)
 

@@ -14,32 +14,86 @@ SCALE = 1e-12  # operations and bytes a second are shown as TFLOP/s and TB/s
 
 def table(run: dict) -> list[list[str]]:
     """Return the header and one row a case; a peer's cell is its time over ours, and its rate."""
+    if run["unit"] == "ms":
+        return _times(run)
     names = list(dict.fromkeys(name for c in run["cases"] for name in c["errors"] if name != OURS))
-    last = ["target"] if any(case.get("target") for case in run["cases"]) else []
+    targets = [case["target"] for case in run["cases"] if case.get("target")]
+    bound = ["ideal", "of ideal"] if any("most" in target for target in targets) else []
+    last = [*bound, "target"] if targets else []
     rows = [[*run["cases"][0]["case"], "time", run["unit"], "of ceiling", *names, *last]]
     for case in run["cases"]:
         mine, cells = case["times"].get(OURS), ["WRONG", "", "", *("" for _ in [*names, *last])]
         if mine:
             share = f"{mine['rate'] / case['ceiling']:.2f}" if case["ceiling"] else ""
-            cells = [f"{mine['seconds'] * 1e6:.1f} us", _rate(mine["rate"]), share]
+            cells = [_time(mine["seconds"]), _rate(mine["rate"]), share]
             cells += [_beside(mine, case["times"].get(name)) for name in names]
-            cells += [_verdict(case) for _ in last]
+            cells += _beside_ideal(case) if bound else []
+            cells += [_verdict(case)] if targets else []
         rows.append([*map(str, case["case"].values()), *cells])
     return rows
+
+
+def _times(run: dict) -> list[list[str]]:
+    """Return a table as papers have them: a row for each contestant, a column for each length.
+
+    Our own calls come last. What the cases note as `density` is the last row of each table.
+    """
+    columns = list(dict.fromkeys(case["case"][run["over"]] for case in run["cases"]))
+    rows = [["call", "time in ms", *map(str, columns)]]
+    for call in dict.fromkeys(case["case"]["call"] for case in run["cases"]):
+        cases = {c["case"][run["over"]]: c for c in run["cases"] if c["case"]["call"] == call}
+        names = {name: None for case in cases.values() for name in case["errors"]}
+        for name in sorted(names, key=lambda name: name.startswith(OURS)):
+            rows.append([call, name, *(_milliseconds(cases.get(n), name) for n in columns)])
+        if densities := {n: case["density"] for n, case in cases.items() if "density" in case}:
+            shares = (f"{densities[n]:.3g}" if n in densities else "" for n in columns)
+            rows.append([call, "density", *shares])
+    return rows
+
+
+def _milliseconds(case: dict | None, name: str) -> str:
+    if case is None:
+        return ""
+    if name in case["times"]:
+        time = case["times"][name]["seconds"] * 1e3
+        return f"{time:.3g}" if time < 999.5 else f"{time:.0f}"
+    return "WRONG" if name in case["errors"] else "-"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.5 else f"{seconds * 1e6:.1f} us"
 
 
 def _beside(mine: dict, peer: dict | None) -> str:
     return f"{peer['seconds'] / mine['seconds']:.2f} x ({_rate(peer['rate'])})" if peer else "-"
 
 
+def _ideal(case: dict) -> float | None:
+    """Return the seconds that a target compares us with: a part of a peer's, or all."""
+    target = case.get("target", {})
+    peer = case["times"].get(target["peer"]) if "most" in target else None
+    return peer["seconds"] * target.get("share", 1.0) if peer else None
+
+
+def _beside_ideal(case: dict) -> list[str]:
+    ideal = _ideal(case)
+    return [_time(ideal), f"{case['times'][OURS]['seconds'] / ideal:.2f}"] if ideal else ["-", "-"]
+
+
 def _verdict(case: dict) -> str:
-    """Say what the project wants of a ratio to a peer, and whether it is so."""
+    """Say what the project wants of a ratio to peers, or to the ideal, and whether it is so."""
     if not (target := case.get("target")):
         return ""
-    mine, peer = case["times"][OURS], case["times"].get(target["peer"])
-    reached = peer and peer["seconds"] >= target["least"] * mine["seconds"]
-    verdict = "not measured" if peer is None else "met" if reached else "missed"
-    return f"{target['least']:g} x {target['peer']}: {verdict}"
+    mine, times = case["times"][OURS]["seconds"], case["times"]
+    if "most" in target:
+        wanted, ideal = f"at most {target['most']:g}", _ideal(case)
+        reached = None if ideal is None else mine <= target["most"] * ideal
+    else:
+        wanted, peers = f"{target['least']:g} x {target['peer']}", target["peer"].split(", ")
+        measured = all(name in times for name in peers)
+        enough = target["least"] * mine
+        reached = all(times[name]["seconds"] >= enough for name in peers) if measured else None
+    return f"{wanted}: {'not measured' if reached is None else 'met' if reached else 'missed'}"
 
 
 def _rate(rate: float) -> str:
@@ -66,7 +120,7 @@ def summary(run: dict) -> list[str]:
         ran = ", ".join(f"{kernel} in {count} cases" for kernel, count in kernels.items())
         lines.append(f"Kernels of cuflash that ran: {ran}")
     for call, times in run["host"].items():
-        each = ", ".join(f"{name} {seconds * 1e6:.1f} us" for name, seconds in times.items())
+        each = ", ".join(f"{name} {_time(seconds)}" for name, seconds in times.items())
         lines.append(f"Host time of an eager call, {call}: {each}")
     return lines
 

@@ -87,6 +87,33 @@ def _flex(
     return Contestant(name, lambda: ready()())
 
 
+def flex_blocks(qkv: Sequence[Any], blocks: Any, size: int) -> list[Contestant]:
+    """Return FlexAttention on blocks, (1 or heads, n_q, n_k), that need no mask inside."""
+    torch = peers.torch_with_gpu()
+    if dynamo := peers.find("torch._dynamo"):
+        dynamo.reset()
+
+    @cache
+    def ready() -> Callable[[], Any]:
+        module = peers.find("torch.nn.attention.flex_attention")
+        there = peers.as_torch(blocks)[None]
+        counts = there.sum(-1, dtype=torch.int32)
+        indices = there.byte().argsort(dim=-1, descending=True, stable=True).int()
+        partial_ones = torch.zeros_like(counts), torch.zeros_like(indices)
+        mask = module.BlockMask.from_kv_blocks(
+            *partial_ones,
+            counts,
+            indices,
+            BLOCK_SIZE=size,
+            mask_mod=lambda b, h, i, j: there[0, h % there.shape[1], i // size, j // size],
+        )
+        tensors = [peers.as_torch(x) for x in qkv]
+        function = torch.compile(module.flex_attention, dynamic=False, fullgraph=True)
+        return lambda: function(*tensors, block_mask=mask)
+
+    return [Contestant(FLEX, lambda: ready()())]
+
+
 @cache
 def approximate_tanh() -> Callable[[Any], Any]:
     """Return tanh as the GPU's instruction, which PyTorch's own tanh is not."""

@@ -1,4 +1,4 @@
-"""Variants of attention: scores capped, biased or hidden, beside FlexAttention and cuDNN."""
+"""Variants of attention: scores capped, biased or hidden, weights dropped, beside their peers."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import attention, peers, variant_peers
+from . import attention, dropout, first_call, peers, variant_peers
 from .contest import OURS, Entry, Judge, Piece, by_pieces
 from .timing import Contestant, Stopwatch
 from .variant_peers import FLEX, Rule
@@ -23,7 +23,9 @@ SECONDS_A_CASE = 4.0  # of a part of it: most of that is FlexAttention's compile
 PLAIN = "plain"  # our own call without the variant, which hides what causal and window hide
 LENGTHS, SHAPE_OF_TARGETS = (1024, 4096, 16384), (128, 4096)
 WINDOW, CAP, DOCUMENTS, SEEN = 512, 30.0, 8, 0.9
+RATE, SEED = 0.1, 123  # of dropout
 MASKING = ("cuDNN", "CUDNN_ATTENTION"), ("mem-efficient", "EFFICIENT_ATTENTION")
+DROPPING = ("FA2", "FLASH_ATTENTION"), ("cuDNN", "CUDNN_ATTENTION")
 PLAIN_PEERS = ("FA2", "cuDNN", "JAX cuDNN")
 
 # How many scores of a head are seen, of (batch, n): a causal half as in the room of attention.
@@ -46,10 +48,12 @@ class Variant:
         From the arrays to further keywords.
     count : callable
     target : (str, float) or None
-        A peer, and how many times its speed the project wants.
+        A peer, or several with commas between, and how many times its speed the project wants.
     by_batch, capped, masks : bool
         Whether batch entries have masks of their own; whether tanh is used; whether the one array
         is what others take as a mask.
+    dropout : float
+        The probability with which a weight is dropped.
     """
 
     rule: Callable[..., Rule]
@@ -61,6 +65,7 @@ class Variant:
     by_batch: bool = False
     capped: bool = False
     masks: bool = False
+    dropout: float = 0.0
 
 
 def half(batch: int, n: int) -> float:
@@ -211,6 +216,12 @@ VARIANTS = {
         by_batch=True,
     ),
     "relative bias": Variant(relative, draw_table, more=lambda table: own(RELATIVE, table=table)),
+    f"dropout {RATE:g}": Variant(
+        lambda tanh: Rule(),
+        more=lambda: {"dropout": RATE, "seed": SEED},
+        target=("FA2, cuDNN", 1.3),
+        dropout=RATE,
+    ),
 }
 
 
@@ -252,9 +263,13 @@ class Case:
         variant = VARIANTS[self.variant]
         qkv = [stopwatch.normal(self.shape, self.dtype) for _ in range(3)]
         arrays = variant.draw(stopwatch, self.shape, self.dtype)
-        us, kernel = ours(qkv, keywords(variant, arrays), self.engine)
+        asked = keywords(variant, arrays)
+        us, kernel = ours(qkv, asked, self.engine)
         on_host = [Rows(x) if x.ndim == 3 else peers.to_host(x) for x in arrays]
-        judge = by_pieces(pieces(*qkv, variant.rule(np.tanh, *on_host)))
+        rule = variant.rule(np.tanh, *on_host)
+        judge = by_pieces(pieces(*qkv, rule))
+        if variant.dropout:
+            judge = self.judge_dropout(stopwatch, qkv, rule, asked)
         contestants = [us, *others(variant, qkv, arrays)]
         if not variant.more:
             contestants += plain_peers(qkv, **dict(variant.plain))
@@ -265,6 +280,20 @@ class Case:
             unlike=self.without(qkv) if variant.more else None,
             notes={"kernel": kernel} | self.target(),
         )
+
+    def judge_dropout(
+        self, stopwatch: Stopwatch, qkv: list[Any], rule: Rule, asked: dict[str, Any]
+    ) -> Judge:
+        """Judge ourselves by what our seed drops, and peers by chance."""
+        *qk, v = qkv
+        rows, rate = scored(*qkv, rule), VARIANTS[self.variant].dropout
+
+        def with_values(values: Any) -> Contestant:
+            return ours([*qk, values], asked, self.engine)[0]
+
+        exactly = dropout.by_kept_weights(rows, v, rate, with_values, stopwatch)
+        by_chance = dropout.by_chance(rows, self.dtype, rate)
+        return lambda result, strictly: (exactly if strictly else by_chance)(result, strictly)
 
     def without(self, qkv: list[Any]) -> tuple[Contestant, Judge]:
         """Return our own plain call, and its judge."""
@@ -348,9 +377,11 @@ def plain_peers(
 
 
 def others(variant: Variant, qkv: list[Any], arrays: tuple[Any, ...]) -> list[Contestant]:
-    """Return FlexAttention, and whoever takes the array as a mask."""
+    """Return FlexAttention, and whoever takes the array as a mask; it has no dropout, others do."""
     if not peers.torch_with_gpu():
         return []
+    if variant.dropout:
+        return [peers.sdpa(*backend, *qkv, dropout=variant.dropout) for backend in DROPPING]
     found = variant_peers.flex(
         qkv, variant.rule, arrays, by_batch=variant.by_batch, capped=variant.capped
     )
@@ -360,7 +391,7 @@ def others(variant: Variant, qkv: list[Any], arrays: tuple[Any, ...]) -> list[Co
 
 
 def host(stopwatch: Stopwatch) -> dict[str, dict[str, float]]:
-    return {}  # the room of attention measures it
+    return {"the first with a new expression": first_call.seconds()}
 
 
 class Rows:
@@ -378,6 +409,15 @@ class Rows:
 def pieces(q: Any, k: Any, v: Any, rule: Rule) -> list[Piece]:
     """Return a few rows of the first and of the last head."""
     found = []
+    for place, scores, values in scored(q, k, v, rule):
+        sink = -math.inf if rule.sinks is None else rule.sinks[place[1]]
+        found.append((place, *attention.weighed(scores, values, str(q.dtype), sink)))
+    return found
+
+
+def scored(q: Any, k: Any, v: Any, rule: Rule) -> list[dropout.Row]:
+    """Return where these rows are, their scores, and the values of their keys."""
+    found = []
     for b, h, rows in attention.places(q.shape):
         queries, keys, values = (peers.to_host(x) for x in (q[b, h, rows], k[b, h], v[b, h]))
         i, j = np.arange(rows.start, rows.stop)[:, None], np.arange(len(keys))
@@ -386,6 +426,5 @@ def pieces(q: Any, k: Any, v: Any, rule: Rule) -> list[Piece]:
             scores = rule.score(scores, b, h, i, j)
         if rule.mask:
             scores = np.where(rule.mask(b, h, i, j), scores, -np.inf)
-        sink = -math.inf if rule.sinks is None else rule.sinks[h]
-        found.append(((b, h, rows), *attention.weighed(scores, values, str(q.dtype), sink)))
+        found.append(((b, h, rows), scores, values))
     return found

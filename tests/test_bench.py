@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+import cuflash
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 pytest.importorskip("ml_dtypes")
@@ -21,7 +24,8 @@ def bench(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(CHECKOUT)])
     names = ("attention", "softmax", "selection", "loss", "rows", "row_peers")
     names += ("paper", "contest", "peers", "report", "timing", "__main__")
-    names += ("variants", "variant_peers", "figures")
+    names += ("variants", "variant_peers", "figures", "dropout", "first_call")
+    names += ("blocks", "varlen", "flash")
     return SimpleNamespace(**{n: importlib.import_module(f"bench.{n}") for n in names})
 
 
@@ -38,6 +42,9 @@ class PretendedStopwatch:
 
     def integers(self, high, count):
         return self.random.integers(0, high, count)
+
+    def free_memory(self):
+        return 80 << 30
 
     def warm(self, contestant):
         return contestant.call()
@@ -103,6 +110,21 @@ def plain_paper(bench, case, x):
     return plain_selection(bench.selection.Case("softmax_topk", case.matrix, case.k), x)
 
 
+def with_dropout(qkv, asked):
+    """What a library that draws its numbers in NumPy makes of dropout, from its own weights."""
+    (q, k, v), asked = qkv, dict(asked)
+    rate, random = round(asked.pop("dropout") * 65536), np.random.default_rng(asked.pop("seed"))
+    unit = np.broadcast_to(np.eye(k.shape[-2], dtype=v.dtype), (*k.shape[:-1], k.shape[-2]))
+    weights = cuflash.attention(q, k, unit, **asked).astype(np.float64)
+    kept = random.integers(65536, size=weights.shape) >= rate
+    return (weights * kept / (1 - rate / 65536) @ v.astype(np.float64)).astype(v.dtype)
+
+
+def packed_attention(q, k, v, offsets, causal):
+    parts = [plain_attention(q[:, a:b], k[:, a:b], v[:, a:b], causal) for a, b in pairwise(offsets)]
+    return np.concatenate(parts, axis=1)
+
+
 def pretended_run(bench, monkeypatch, room, *arguments, fault=0.0):
     """Sweep as the command does, with NumPy in everybody's place; ours errs by `fault`."""
     contestant = bench.timing.Contestant
@@ -144,12 +166,25 @@ def pretended_run(bench, monkeypatch, room, *arguments, fault=0.0):
 
     variants = bench.variants.ours
 
-    def variant(*asked):  # NumPy's own kernels
-        right, kernel = variants(*asked)
-        return contestant(right.name, lambda: right.call() * (1 + fault)), kernel
+    def variant(qkv, asked, engine):  # NumPy's own kernels
+        wrong = 100 * fault if qkv[0].dtype == "float16" else fault
+        if "dropout" in asked:
+            if wrong > 0.01:  # what is judged by chance is as wrong as what drops nothing
+                asked = asked | {"dropout": 0.0}
+            dropped = contestant("cuflash", lambda: with_dropout(qkv, asked) * (1 + wrong))
+            return dropped, "pretended"
+        right, kernel = variants(qkv, asked, engine)
+        return contestant(right.name, lambda: right.call() * (1 + wrong)), kernel
+
+    def packed(qkv, offsets, causal):
+        right = packed_attention(*qkv, offsets, causal)
+        return contestant("cuflash", lambda: right * (1 + fault))
 
     monkeypatch.setattr(bench.peers, "torch_with_gpu", lambda: None)
     monkeypatch.setattr(bench.variants, "ours", variant)
+    monkeypatch.setattr(bench.varlen, "ours", packed)
+    monkeypatch.setattr(bench.blocks, "SIZE", 16)
+    monkeypatch.setattr(bench.flash, "BATCH", 2)
     monkeypatch.setattr(bench.peers, "attention", attention)
     monkeypatch.setattr(bench.peers, "free_memory", lambda: None)
     monkeypatch.setattr(bench.peers, "matmul", lambda *_: (contestant("matmul", int), 1e9))
@@ -187,7 +222,10 @@ COMMANDS = {  # and how many cases they are
     "selection": (("--k", "1", "2", "10", *ROWS), 38),
     "loss": (ROWS, 12),
     "paper": (("--batch", "3", "10", "--n", "63", "100", "1000"), 12),
-    "variants": (("--n", "33", "64", "--d", "16", "--dtype"), 22),
+    "variants": (("--n", "33", "64", "--d", "16", "--dtype"), 24),
+    "blocks": (("--n", "64", "--d", "32", "--dtype"), 6),
+    "varlen": (("--tokens", "512", "640", "--d", "64", "--dtype"), 4),
+    "flash": (("--n", "32", "64"), 8),
 }
 
 
@@ -200,6 +238,7 @@ def test_sweep_judges_and_reports(bench, monkeypatch, tmp_path, capsys, room, dt
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
     monkeypatch.setattr(bench.attention, "TOKENS", 256)
+    monkeypatch.setattr(bench.attention, "WIDTH", 256)
     arguments, count = COMMANDS[room]
     command = (room, *arguments, dtype) if arguments[-1] == "--dtype" else (room, *arguments)
     run = pretended_run(bench, monkeypatch, *command)
@@ -217,7 +256,11 @@ def test_sweep_judges_and_reports(bench, monkeypatch, tmp_path, capsys, room, dt
     assert [path.read_bytes() for path in drawn] == before
     wrong = pretended_run(bench, monkeypatch, *command, fault=1e-3)
     assert all("cuflash" not in case["times"] for case in wrong["cases"])
-    assert all("WRONG" in row for row in bench.report.table(wrong)[1:])
+    rows = bench.report.table(wrong)[1:]
+    if room == "flash":  # of its rows, some are ours
+        rows = [row for row in rows if row[1].startswith("cuflash")]
+    assert rows
+    assert all("WRONG" in row for row in rows)
 
 
 def test_half_types_leave_no_room_for_a_lost_tile(bench):
@@ -268,7 +311,8 @@ def test_default_variants(bench):
     wanted = {c.variant: c.target()["target"] for c in cases() if c.target()}
     assert wanted["softcap"] == {"peer": "FlexAttention", "least": 2.0}
     assert wanted["bias"] == {"peer": "cuDNN", "least": 1.5}
-    assert len(wanted) == sum(bool(c.target()) for c in cases()) == 7
+    assert wanted["dropout 0.1"] == {"peer": "FA2, cuDNN", "least": 1.3}
+    assert len(wanted) == sum(bool(c.target()) for c in cases()) == 8
 
 
 def test_operations_of_variants_are_of_the_scores_that_are_seen(bench):
@@ -285,6 +329,45 @@ def test_operations_of_variants_are_of_the_scores_that_are_seen(bench):
         assert case.shape == (batch, 2, n, 1024)
         exact = 4 * 2 * 1024 * float(seen)
         assert case.work == pytest.approx(exact, rel=0 if name in ("none", "window") else 0.02)
+
+
+def test_ideals_are_printed_beside_what_they_are_to_bound(bench):
+    def case(ours, peer):
+        times = {
+            name: {"seconds": s, "rate": 1 / s} for name, s in (("cuflash", ours), ("P", peer)) if s
+        }
+        target = {"target": {"peer": "P", "most": 1.15, "share": 0.5}}
+        return {"case": {"N": 1}, "ceiling": None, "times": times, "errors": times, **target}
+
+    run = {"cases": [case(s, p) for s, p in ((1.1, 2), (1.2, 2), (1, None), (None, 2))]}
+    header, *rows = bench.report.table(run | {"unit": "TFLOP/s"})
+    assert header[-3:] == ["ideal", "of ideal", "target"]
+    assert [row[-3:] for row in rows] == [
+        ["1.00 s", "1.10", "at most 1.15: met"],
+        ["1.00 s", "1.20", "at most 1.15: missed"],
+        ["-", "-", "at most 1.15: not measured"],
+        ["", "", ""],
+    ]
+
+
+def test_times_are_printed_as_papers_have_them(bench):
+    def case(call, n, errors, **seconds):
+        times = {name: {"seconds": s, "rate": 1.0} for name, s in seconds.items()}
+        labels = {"call": call, "N": n}
+        return {"case": labels, "density": 1 / n, "times": times, "errors": errors}
+
+    everybody = {"cuflash": 0.1, "P": 0.1}
+    cases = [case("a", 1, everybody, cuflash=1e-3, P=1.25), case("b", 1, everybody, P=2e-3)]
+    cases.append(case("a", 8, {"cuflash": 0.1}, cuflash=0.0234567))
+    assert bench.report.table({"unit": "ms", "over": "N", "cases": cases}) == [
+        ["call", "time in ms", "1", "8"],
+        ["a", "P", "1250", "-"],
+        ["a", "cuflash", "1", "23.5"],
+        ["a", "density", "1", "0.125"],
+        ["b", "P", "2", ""],
+        ["b", "cuflash", "WRONG", ""],
+        ["b", "density", "1", ""],
+    ]
 
 
 def test_targets_are_printed_beside_the_ratios(bench):
@@ -311,16 +394,18 @@ def test_flex_attention_and_masks_compute_the_variants(bench, monkeypatch, dtype
     torch = pytest.importorskip("torch")
     pytest.importorskip("torch.nn.attention.flex_attention")
     # Puts NumPy in everybody's place; PyTorch comes back.
-    pretended_run(bench, monkeypatch, "variants", "--n", "33", "--d", "16", "--variant", "none")
     monkeypatch.setattr(bench.attention, "TOKENS", 256)
     monkeypatch.setattr(bench.attention, "WIDTH", 64)
+    pretended_run(bench, monkeypatch, "variants", "--n", "33", "--d", "16", "--variant", "none")
     monkeypatch.setattr(bench.peers, "torch_with_gpu", lambda: torch)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(bench.variants, "MASKING", (("cuDNN", "MATH"), ("mem-efficient", "MATH")))
+    monkeypatch.setattr(bench.variants, "DROPPING", (("FA2", "MATH"), ("cuDNN", "MATH")))
     for name, variant in bench.variants.VARIANTS.items():
         case = bench.variants.Case(dtype, 16, 128, name)
         found = bench.contest.measure(case, PretendedStopwatch(), {}, seconds=0.0)
-        expected = {"cuflash", "FlexAttention"} | ({"plain"} if variant.more else set())
+        expected = {"cuflash"} | ({"plain"} if variant.more else set())
+        expected |= {"FA2", "cuDNN"} if variant.dropout else {"FlexAttention"}
         expected |= {"cuDNN", "mem-efficient"} if variant.masks else set()
         expected |= {"Flex tanh.approx"} if variant.capped else set()
         assert expected <= found["errors"].keys()
@@ -338,6 +423,165 @@ def test_arrays_that_flex_attention_cannot_index_are_not_shown_to_it(bench, monk
     (contestant,) = flex([], bench.variants.biased, [bias], by_batch=False, capped=False)
     with pytest.raises(ValueError, match="32 bits"):
         contestant.call()
+
+
+def dropped_rows(bench, random, n):
+    """A problem of two heads, where its rows are looked at, and the weights of all of them."""
+    d = 64
+    q, k, v = (random.standard_normal((1, 2, n, d)) for _ in range(3))
+    rows = bench.variants.scored(q, k, v, bench.variant_peers.Rule())
+    scores = (q @ k.swapaxes(-1, -2)) / np.sqrt(d)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return rows, weights / weights.sum(-1, keepdims=True), v
+
+
+def test_dropout_is_judged_by_chance(bench):
+    random = np.random.default_rng(0)
+    rows, weights, v = dropped_rows(bench, random, 2048)
+    judge = bench.dropout.by_chance(rows, "float32", 0.1)
+
+    def error(rate, scale):
+        return judge(weights * (random.random(weights.shape) >= rate) * scale @ v, False)
+
+    assert max(error(0.1, 1 / 0.9) for _ in range(4)) < 1
+    assert error(0.0, 1.0) > 1  # nothing was dropped
+    assert error(0.1, 1.0) > 1  # what was kept was not scaled
+    assert error(0.4, 1 / 0.6) > 1  # another rate
+    assert judge(np.full_like(v, np.nan), False) > 1
+
+
+def test_our_dropout_is_judged_by_the_weights_that_are_kept(bench):
+    random = np.random.default_rng(0)
+    rows, weights, v = dropped_rows(bench, random, 250)
+    kept = random.random(weights.shape) >= 0.125
+
+    def judge(rate=0.125, mask=kept):
+        def ours(values):
+            return bench.timing.Contestant("cuflash", lambda: weights * mask / 0.875 @ values)
+
+        return bench.dropout.by_kept_weights(rows, v, rate, ours, PretendedStopwatch())
+
+    right = weights * kept / 0.875 @ v
+    assert judge()(right, True) < 1
+    assert judge()(right * (1 + 1e-5), True) > 1
+    other = random.random(weights.shape) >= 0.125
+    assert judge(mask=other)(right, True) > 1  # kept are others with other values
+    assert judge(rate=0.1875)(weights * kept / 0.8125 @ v, True) > 1  # more than should be
+
+
+def test_packed_batches_are_skewed_and_whole(bench):
+    for tokens in (128, 512, 16384, 65536):
+        sequences = bench.varlen.draw(tokens)
+        ends = [0, *(sequence.stop for sequence in sequences)]
+        assert ends == [*(sequence.start for sequence in sequences), tokens]
+    lengths = np.array([bench.varlen.length_of(sequence) for sequence in sequences])
+    assert set(lengths % 128) == {0}
+    assert len(np.unique(lengths)) <= 7  # so many calls by length
+    assert np.median(lengths) <= 512 < 8 * 512 <= lengths.max()
+
+
+def test_random_blocks_leave_no_row_empty(bench):
+    for case in bench.blocks.cases(bench.__main__.parse(["blocks"])):
+        assert case.blocks.shape[-2:] == (128, 128)
+        assert case.blocks.any(-1).all()
+        if case.pattern == "random":
+            assert case.blocks.shape[0] == case.shape[1]
+            assert case.density == pytest.approx(case.asked, rel=0.02)
+
+
+def test_packed_peers_are_asked_in_their_layout(bench, monkeypatch):
+    """FlashAttention's functions, here NumPy's, both old and new."""
+    random, longest = np.random.default_rng(0), 128
+    qkv = [random.standard_normal((2, 256, 16)) for _ in range(3)]
+    offsets = np.array([0, 128, 256], np.int32)
+
+    class Tensor(np.ndarray):
+        def transpose(self, a, b):
+            return self.swapaxes(a, b)
+
+        def contiguous(self):
+            return self.copy()
+
+    def attend(q, k, v, ends, n, causal):
+        assert n == longest
+        assert q.shape == (256, 2, 16)
+        return (
+            packed_attention(*(x.swapaxes(0, 1) for x in (q, k, v)), ends, causal)
+            .swapaxes(0, 1)
+            .view(Tensor)
+        )
+
+    def new(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1)):
+        return attend(q, k, v, cu_q, max_q, {(-1, -1): False, (-1, 0): True}[window_size])
+
+    def old(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):
+        return attend(q, k, v, cu_q, max_q, is_causal)
+
+    def fourth(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        return attend(q, k, v, cu_seqlens_q, max_seqlen_q, causal), None
+
+    monkeypatch.setattr(bench.peers, "torch_with_gpu", lambda: True)
+    monkeypatch.setattr(bench.peers, "as_torch", lambda x: x.view(Tensor))
+    for second in (old, new):
+        modules = {
+            "torch.nn.attention.varlen": SimpleNamespace(varlen_attn=second),
+            "flash_attn.cute.interface": SimpleNamespace(flash_attn_varlen_func=fourth),
+        }
+        monkeypatch.setattr(bench.peers, "find", modules.get)
+        for causal in (False, True):
+            found = bench.varlen.others(qkv, offsets, longest, causal)
+            assert [peer.name for peer in found] == ["FA2", "FA4"]
+            judge = bench.contest.by_pieces(
+                bench.varlen.pieces(*qkv, (slice(0, 128), slice(128, 256)), causal)
+            )
+            assert max(judge(peer.view(peer.call()), False) for peer in found) < 1
+    monkeypatch.setattr(bench.peers, "find", lambda name: None)
+    assert bench.varlen.others(qkv, offsets, longest, True) == []
+
+
+@pytest.mark.parametrize("room", ["blocks", "flash"])
+def test_pytorch_computes_blocks_and_the_papers_cases(bench, monkeypatch, room):
+    """PyTorch on the CPU, and not compiled."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(bench.attention, "TOKENS", 256)
+    monkeypatch.setattr(bench.attention, "WIDTH", 64)
+    pretended_run(bench, monkeypatch, "variants", "--n", "33", "--d", "16", "--variant", "none")
+    monkeypatch.setattr(bench.peers, "torch_with_gpu", lambda: torch)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(bench.flash, "BACKENDS", dict.fromkeys(bench.flash.BACKENDS, "MATH"))
+    module, names = getattr(bench, room), {"cuflash", "dense", "FlexAttention"}
+    for case in module.cases(bench.__main__.parse([room, "--n", "128"])):
+        if room == "flash":
+            names = {"cuflash", "cuflash block-sparse", "PyTorch standard"}
+            names |= {"cuDNN", "mem-efficient"} | (set() if case.padded else {"FA2"})
+        found = bench.contest.measure(case, PretendedStopwatch(), {}, seconds=0.0)
+        assert found["errors"].keys() == names
+        assert found["left_out"] == {}
+        assert max(found["errors"].values()) < 3
+
+
+def test_standard_attention_is_not_tried_where_its_scores_leave_no_memory(bench, monkeypatch):
+    functional = SimpleNamespace(softmax=None, dropout=None)
+    torch = SimpleNamespace(nn=SimpleNamespace(functional=functional))
+    monkeypatch.setattr(bench.peers, "torch_with_gpu", lambda: torch)
+    qkv = [np.broadcast_to(np.float16(0), (16, 8, 65536, 64))] * 3
+    with pytest.raises(MemoryError, match=r"1.02e\+03 GiB"):
+        bench.flash.standard(qkv, None, 0.0, 140 << 30).call()
+
+
+def test_a_first_call_is_timed(bench, monkeypatch):
+    assert set(bench.first_call.WHEN) == {"import", "plain"}
+    for when in bench.first_call.WHEN:
+        assert 0 < bench.first_call.timed(np, when) < 60
+    told = SimpleNamespace(returncode=0, stdout="1.25\n")
+    monkeypatch.setattr(bench.first_call.subprocess, "run", lambda *_, **__: told)
+    host = bench.variants.host(PretendedStopwatch())
+    run = {"environment": {"gpu": "G", "driver": None, "commit": None, "date": "", "versions": {}}}
+    run |= {"bandwidths": {}, "unit": "TB/s", "cases": [], "host": host | {"a": {"b": 1e-5}}}
+    lines = bench.report.summary(run)
+    assert lines[-2].endswith("right after import 1.25 s, after a plain call 1.25 s")
+    assert lines[-1].endswith("b 10.0 us")
 
 
 def top_judge(bench, order="random", **options):

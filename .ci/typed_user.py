@@ -26,6 +26,7 @@ cuflash.attention(
     out=q,
 )
 out, lse = cuflash.attention(q, q, q, window=3, return_lse=True, out=(q, None))
+packed = cuflash.attention_varlen(q, q, q, q, return_lse=True).lse
 merged_out, merged_lse = cuflash.merge_attention([out, out], (lse, lse))
 
 cuflash.softmax(q, axis=-1, out=q)

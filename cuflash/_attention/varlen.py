@@ -51,15 +51,17 @@ def attention_varlen(
         sequence.
     k_offsets : integer array, shape (sequences + 1,), optional
         Likewise of k and v; `q_offsets` by default.
-    scale, causal, window, softcap, precision : optional
+    scale, causal, window : optional
         As in :func:`attention`, with each sequence's own lengths.
     q_start : int or integer array, shape (sequences,), optional
         The key position of each sequence's first query. By default its queries are its last rows.
+    softcap : float, optional
     alibi, sinks : array, shape (heads,) or (sequences, heads), optional
     variant : Variant, optional
         Here `b` is the number of the sequence, `row`, `i` and `j` count from its beginning, and
         `len_q` and `len_k` are its own lengths. A bias or mask of each sequence is an array that
         it names, for example ``"score + bias[b, row, j]"``.
+    precision : {None, "tf32"}
     return_lse : bool, default False
     out : array, or (array or None, array or None) with ``return_lse``, optional
 

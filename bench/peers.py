@@ -104,6 +104,8 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool) -> list[Contestant]:
     if torch_with_gpu():
         fused = [("FA2", "FLASH_ATTENTION"), ("cuDNN", "CUDNN_ATTENTION")]
         single = [("mem-efficient", "EFFICIENT_ATTENTION")]
+        if q.shape[-1] > 256:  # where FA2 ends, and perhaps cuDNN
+            fused += single
         backends = fused if half else single if dtype == "float32" else [("torch math", "MATH")]
         found += [sdpa(name, backend, q, k, v, causal) for name, backend in backends]
     if half and find("flash_attn.cute.interface"):

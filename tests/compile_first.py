@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from strategies import DTYPES
 
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # one of each size that kernels are compiled for
+HEAD_DIMS = (32, 64, 96, 128, 192, 256, 384, 512)  # one of each size that kernels are compiled for
 
 
 def compile_first() -> None:

@@ -48,6 +48,11 @@ DIMS = (
     127,
     129,
     255,
+    257,
+    320,
+    384,
+    511,
+    512,
 )
 # Scores (len_q x len_k x heads x batch) and multiplications of one problem at most: an example
 # takes milliseconds in NumPy.
@@ -351,7 +356,7 @@ def problems(draw: st.DrawFn, variants: bool = False, **fixed: Any) -> Problem:
     lengths = st.integers(0, 20) | st.sampled_from(LENGTHS) | st.integers(0, 160)
     len_q, len_k = pick("len_q", lengths), pick("len_k", lengths)
     dims = st.sampled_from(VARIANT_DIMS if variants else DIMS)
-    dims = dims if variants else dims | st.integers(1, 256)
+    dims = dims if variants else dims | st.integers(1, 512)
     head_dim, head_dim_v = pick("head_dim", dims), pick("head_dim_v", dims)
     room = most_heads(len_q * len_k, head_dim + head_dim_v)
     two_axes = pick("two_axes", st.integers(0, 9).map(lambda n: n == 9))

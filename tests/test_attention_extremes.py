@@ -66,7 +66,7 @@ def test_huge_scores_give_what_is_right_or_nan(xp, dtype: str, largest: float) -
     assert np.isfinite(out).all() or largest > 1e3
 
 
-@pytest.mark.parametrize("head_dim_v", [64, 256])
+@pytest.mark.parametrize("head_dim_v", [64, 256, 512])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_scores_of_the_largest_size_weigh_to_a_mean_or_nan(xp, dtype: str, head_dim_v: int) -> None:
     """Where float32 has hardly room for weights, an output may be NaN, but never out of range."""

@@ -184,14 +184,59 @@ def test_arrays_among_the_options_take_the_long_way(monkeypatch) -> None:
     assert repeat.again("attention", (x, x, host_array), NO_OPTIONS) == (None, None)
 
 
-@pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120])
+ARCHITECTURES = [75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121]
+PRECISIONS = [*((dtype, None) for dtype in plan.BYTES), ("float32", "tf32")]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_head_dim_has_a_tile(arch: int) -> None:
-    for dtype, d, d_v in itertools.product(plan.BYTES, range(1, 257, 15), (1, 64, 200, 256)):
-        chosen = plan.choose(problem(dtype, d, d_v), gpu.of_arch(arch), dtype)
+    dims = [*range(1, 513, 15), 256, 257, 384, 385, 512]
+    for kind, d, d_v in itertools.product(PRECISIONS, dims, (1, 64, 200, 256, 257, 400, 512)):
+        dtype, precision = kind
+        chosen = plan.choose(problem(dtype, d, d_v, precision), gpu.of_arch(arch), dtype)
         constants = dict(chosen.kernel.constants)
         assert constants["kHeadDim"] >= max(d, min(d_v, constants["kHeadDimV"]))
         assert constants["kHeadDimV"] * constants["kSlices"] >= d_v
         assert chosen.shared_memory <= gpu.of_arch(arch).shared_memory_per_block
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_warps_share_out_the_tile(arch: int) -> None:
+    """Rows first, then columns, of which a thread's registers hold its share."""
+    for kind, d, d_v in itertools.product(PRECISIONS, plan.BUCKETS, plan.BUCKETS):
+        dtype, precision = kind
+        chosen = plan.choose(problem(dtype, d, d_v, precision), gpu.of_arch(arch), dtype)
+        constants = dict(chosen.kernel.constants)
+        rows = 16 * constants.get("kRowTiles", 0) + 4 * constants.get("kThreadRows", 0)
+        warps, warps_of_rows = constants["kThreads"] // 32, constants["kBlockM"] // rows
+        parts, rest = divmod(warps, warps_of_rows)
+        assert (warps_of_rows * rows, rest) == (constants["kBlockM"], 0)
+        columns, rest = divmod(constants["kHeadDimV"], parts)
+        assert rest == 0
+        number = plan.BYTES[dtype] // 4 or 1  # registers
+        assert rows * columns // 32 * number <= 128, chosen
+        if max(d, d_v) <= 256:
+            assert parts == 1
+
+
+def test_heads_too_wide_for_hoppers_own_instructions_are_portable() -> None:
+    hopper, ampere = gpu.of_arch(90), gpu.of_arch(80)
+    for d, d_v in ((257, 64), (64, 257), (512, 512)):
+        for dtype in ("float16", "bfloat16"):
+            asked = problem(dtype, d, d_v)
+            chosen = plan.choose(asked, hopper, dtype)
+            assert chosen.kernel.file == plan.choose(asked, ampere, dtype).kernel.file
+            assert f"head dim {max(d, d_v)} is beyond 256" in chosen.why
+            assert not plan.uses_hopper(asked, hopper)
+    assert plan.choose(problem("float16", 256, 256), hopper, "float16").kernel.exact
+
+
+def test_tf32_that_does_not_fit_is_float32() -> None:
+    """Where there is room for it, TF32 it is; where there is none, it would not be faster."""
+    for arch, d, file in ((86, 384, "fp32"), (86, 385, "simt"), (80, 512, "fp32")):
+        asked = problem("float32", d, d, "tf32")
+        chosen = plan.choose(asked, gpu.of_arch(arch), "float32")
+        assert chosen.kernel.file == f"_attention/forward_{file}.cu"
 
 
 # Hopper's own instructions

@@ -291,6 +291,20 @@ def test_default_sweeps(bench):
         assert max(case.memory for case in cases) < 70e9  # a card of 80 GB runs them all
 
 
+def test_wide_heads_have_peers(bench, monkeypatch):
+    """Beyond 256, where some peers refuse: who does is left out, and the others are timed."""
+    monkeypatch.setattr(bench.peers, "torch_with_gpu", lambda: object())
+    monkeypatch.setattr(bench.peers, "jax_with_gpu", lambda: None)
+    monkeypatch.setattr(bench.peers, "find", lambda name: None)  # so that every call fails
+    monkeypatch.setattr(bench.peers, "free_memory", lambda: None)
+    for d, names in ((256, ["FA2", "cuDNN"]), (512, ["FA2", "cuDNN", "mem-efficient"])):
+        x = np.zeros((1, 1, 8, d), np.float16)
+        found = bench.peers.attention(x, x, x, causal=True)
+        assert [peer.name for peer in found] == names
+        errors, left_out, ready = bench.contest.check(found, None, PretendedStopwatch())
+        assert (list(left_out), errors, ready) == (names, {}, [])
+
+
 def test_default_variants(bench):
     def cases(*arguments):
         return bench.variants.cases(bench.__main__.parse(["variants", *arguments]))
@@ -687,7 +701,7 @@ def test_an_engine_that_is_not_taken_is_an_error(bench):
     us = bench.timing.Contestant("cuflash", list)
     chosen = bench.attention.with_engine(us, "sm90", lambda: "forward_sm90.cu")
     assert (chosen.name, chosen.call) == ("cuflash", list)
-    with pytest.raises(RuntimeError, match="sm90 engine is not for this GPU"):
+    with pytest.raises(RuntimeError, match="sm90 engine is not for this case"):
         bench.attention.with_engine(us, "sm90", lambda: "forward_mma.cu")
     with pytest.raises(RuntimeError, match="portable engine"):
         bench.attention.with_engine(us, "portable", lambda: "forward_sm90.cu")

@@ -98,13 +98,14 @@ def check(chosen: Plan, arch: int) -> None:
     assert not [warning for warning in WARNINGS if warning in found.log], f"{about}:\n{found.log}"
 
 
+@pytest.mark.parametrize(("d", "d_v"), [(64, 96), (300, 500)])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_the_host_knows_the_kernels_shared_memory_and_params(dtype: str) -> None:
+def test_the_host_knows_the_kernels_shared_memory_and_params(dtype: str, d: int, d_v: int) -> None:
     """static_asserts appended to the kernel: the compiler itself compares."""
     from cuflash._attention import gpu as host
 
     arch = 80
-    chosen = attention_plan.choose(problem(dtype, 64, 96), gpu.of_arch(arch), dtype)
+    chosen = attention_plan.choose(problem(dtype, d, d_v), gpu.of_arch(arch), dtype)
     products = {"float32": "Tf32Products", "float64": "DoubleProducts"}.get(dtype, "HalfProducts")
     size = host.params_dtype("float64" if dtype == "float64" else "float32").itemsize
     checks = (

@@ -88,8 +88,11 @@ ALL = {
 }
 
 
+WIDE = [(128, 128), (192, 40), (72, 256), (256, 256), (320, 100), (40, 384), (512, 512)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", [(128, 128), (192, 40), (72, 256), (256, 256)], ids=str)
+@pytest.mark.parametrize("dims", WIDE, ids=str)
 def test_wide_heads(xp, dims, dtype):
     for seed, options in enumerate(({}, {"causal": True}, {"window": (40, 3)})):
         wide = dataclasses.replace(SMALL, head_dim=dims[0], head_dim_v=dims[1], **options)

@@ -62,12 +62,12 @@ def attention(
     Parameters
     ----------
     q : array, shape (..., heads, len_q, d)
-        Queries: float16, bfloat16, float32 or float64; d from 1 to 256.
+        Queries: float16, bfloat16, float32 or float64; d from 1 to 512.
     k : array, shape (..., kv_heads, len_k, d)
         Keys, of q's dtype. ``heads`` must be a multiple of ``kv_heads``: query head h uses key head
         ``h // (heads // kv_heads)``.
     v : array, shape (..., kv_heads, len_k, d_v)
-        Values, of q's dtype; d_v from 1 to 256, which need not be d. Two axes in each of q, k and
+        Values, of q's dtype; d_v from 1 to 512, which need not be d. Two axes in each of q, k and
         v mean one head.
     scale : float, optional
         What scores are multiplied by, ``1 / sqrt(d)`` by default. Zero and negative are allowed.

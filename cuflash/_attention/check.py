@@ -17,7 +17,7 @@ from .problem import Operands, sum_dtype
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 HALVES = ("float16", "bfloat16")
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 # Lengths, positions of queries and windows stay below this, so that sums of two fit int32.
 LIMIT = 2**30
 

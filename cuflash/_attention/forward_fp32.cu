@@ -31,6 +31,7 @@ struct Tf32Products : MmaLayout {
   using QTile = SharedTile<T, kBlockM, kHeadDim>;
   using KTile = SharedTile<T, kBlockN, kHeadDim>;
   using VTile = SharedTile<T, kBlockN, kHeadDimV>;
+  static_assert(Grid::kWholePanels<T>, "a group's columns must begin with a panel");
 
   static __device__ __forceinline__ void scores(T (&s)[kRows][kScores], QTile q_smem, KTile k_smem) {
     const uint32 q_lane = q_smem.at(warp_row() + lane() % 16, lane() / 16);
@@ -87,7 +88,8 @@ struct Tf32Products : MmaLayout {
   // shuffle, and V's rows are read in that order.
   static __device__ __forceinline__ void weigh(T (&o)[kRows][kOutputs], const T (&p)[kRows][kScores], VTile v_smem) {
     const int g = lane() / 4, t = lane() % 4;
-    const uint32 v_lane[2] = {v_smem.element(2 * t, g), v_smem.element(2 * t + 1, g)};
+    const int column = Grid::first_column() + g;
+    const uint32 v_lane[2] = {v_smem.element(2 * t, column), v_smem.element(2 * t + 1, column)};
     SplitFragment<4> p_frag[kRowTiles][kBlockN / 8];
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n)
@@ -96,7 +98,7 @@ struct Tf32Products : MmaLayout {
 #pragma unroll
         for (int i = 0; i < 4; ++i) p_frag[m][n].set(i, p[2 * m + i % 2][2 * n + i / 2]);
 #pragma unroll
-    for (int d = 0; d < kHeadDimV; d += 8) {
+    for (int d = 0; d < Grid::kColumns; d += 8) {
       T tile[kRows][2] = {};
 #pragma unroll
       for (int n = 0; n < kBlockN / 8; ++n) {

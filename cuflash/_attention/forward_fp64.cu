@@ -16,6 +16,7 @@ struct DoubleProducts : MmaLayout {
   using QTile = SharedTile<T, kBlockM, kHeadDim, Access::kRowPairs>;
   using KTile = SharedTile<T, kBlockN, kHeadDim, Access::kRowPairs>;
   using VTile = SharedTile<T, kBlockN, kHeadDimV>;
+  static_assert(Grid::kWholePanels<T>, "a group's columns must begin with a panel");
 
   static __device__ __forceinline__ void scores(T (&s)[kRows][kScores], QTile q_smem, KTile k_smem) {
     const int g = lane() / 4, t = lane() % 4;
@@ -40,7 +41,8 @@ struct DoubleProducts : MmaLayout {
 
   static __device__ __forceinline__ void weigh(T (&o)[kRows][kOutputs], const T (&p)[kRows][kScores], VTile v_smem) {
     const int g = lane() / 4, t = lane() % 4;
-    const uint32 v_lane[2] = {v_smem.element(2 * t, g), v_smem.element(2 * t + 1, g)};
+    const int column = Grid::first_column() + g;
+    const uint32 v_lane[2] = {v_smem.element(2 * t, column), v_smem.element(2 * t + 1, column)};
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n) {
       T p_frag[kRowTiles][4];
@@ -49,7 +51,7 @@ struct DoubleProducts : MmaLayout {
 #pragma unroll
         for (int i = 0; i < 4; ++i) p_frag[m][i] = p[2 * m + i % 2][2 * n + i / 2];
 #pragma unroll
-      for (int d = 0; d < kHeadDimV; d += 8) {
+      for (int d = 0; d < Grid::kColumns; d += 8) {
         const T v_frag[2] = {load(VTile::moved(v_lane[0], 8 * n, d / 2)), load(VTile::moved(v_lane[1], 8 * n, d / 2))};
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) multiply(o, m, d / 4, p_frag[m], v_frag);

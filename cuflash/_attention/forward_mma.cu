@@ -10,6 +10,7 @@ struct HalfProducts : MmaLayout {
   using QTile = SharedTile<Element, kBlockM, kHeadDim>;
   using KTile = SharedTile<Element, kBlockN, kHeadDim>;
   using VTile = SharedTile<Element, kBlockN, kHeadDimV>;
+  static_assert(Grid::kWholePanels<Element>, "a group's columns must begin with a panel");
 
   static __device__ __forceinline__ void scores(T (&s)[kRows][kScores], QTile q_smem, KTile k_smem) {
     const uint32 q_lane = q_smem.at(warp_row() + lane() % 16, lane() / 16);
@@ -34,7 +35,7 @@ struct HalfProducts : MmaLayout {
 
   // P stays in registers: two neighbouring accumulator blocks of S are, rounded and paired, one A fragment.
   static __device__ __forceinline__ void weigh(T (&o)[kRows][kOutputs], const T (&p)[kRows][kScores], VTile v_smem) {
-    const uint32 v_lane = v_smem.at(lane() % 16, lane() / 16);
+    const uint32 v_lane = v_smem.at(lane() % 16, Grid::first_column() / 8 + lane() / 16);
 #pragma unroll
     for (int n = 0; n < kBlockN; n += 16) {
       uint32 p_frag[kRowTiles][4];
@@ -46,7 +47,7 @@ struct HalfProducts : MmaLayout {
           p_frag[m][i] = narrow_pair<Element>(p[r][c], p[r][c + 1]);
         }
 #pragma unroll
-      for (int d = 0; d < kHeadDimV; d += 16) {
+      for (int d = 0; d < Grid::kColumns; d += 16) {
         uint32 v_frag[4];
         load_matrices_transposed(v_frag, VTile::moved(v_lane, n, d / 8));
 #pragma unroll

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import cupy
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-BUCKETS = (32, 64, 96, 128, 192, 256)  # head dims that kernels are compiled for
+BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512)  # head dims that kernels are compiled for
+WIDE = 256  # wider ones are rare: kernels for them have so many columns of V, or as many as of K
 
 # Where tensor cores are the faster way to full precision; elsewhere they gain nothing.
 _TF32_ARCHS = (80, 90, 100, 103)
@@ -73,7 +74,7 @@ class Tile:
     queries, keys : int
         Rows of a query tile and of a key tile.
     warps : int
-        Each holds ``queries / warps`` rows.
+        Each holds ``queries / warps`` rows. A block has as many for each of its `parts`.
     stages : int
         Key tiles in shared memory at a time. With 2, the next tile is loaded beside all of this
         one's arithmetic; with 1, the next K beside softmax and P V, this one's V beside Q K^T.
@@ -81,11 +82,14 @@ class Tile:
         Blocks a multiprocessor should hold, so that one's softmax hides under another's products;
         it bounds a thread's registers.
     columns : int
-        Columns of V, and of the output, that a block works on: what its registers can hold.
+        Columns of V, and of the output, that a warp works on: what its registers can hold.
     since : int
         The oldest architecture on which the registers hold it without spilling.
     query_stages : int
         Query tiles in shared memory at a time.
+    parts : int
+        Into how many parts of `columns` a block may cut V, each for warps of its own. What is
+        wider still is cut into slices, each for a block of its own.
     """
 
     queries: int
@@ -96,6 +100,7 @@ class Tile:
     columns: int = 256
     since: int = 75
     query_stages: int = 1
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,8 @@ _HOPPER = Engine(
     exact=True,
 )
 # Two 16-row blocks a warp halve what shared memory must deliver for each product; one, where O is
-# too wide for the registers. docs/kernel.rst has the measurements.
+# too wide for the registers. docs/kernel.rst has the measurements; tiles beyond 256 follow from
+# arithmetic alone ("Wide heads" there), and nobody has timed them.
 _MMA = Engine(
     "_attention/forward_mma.cu",
     (
@@ -187,6 +193,14 @@ _MMA = Engine(
         (256, Tile(64, 64, 4, 1, 2)),
         (256, Tile(64, 32, 4, 1, 2)),
         (256, Tile(64, 32, 4, 1, 1)),
+        (512, Tile(64, 64, 4, 1, 1, parts=2)),
+        (512, Tile(64, 32, 4, 1, 1, parts=2)),
+        (512, Tile(64, 16, 4, 1, 1, parts=2)),
+        (512, Tile(32, 16, 2, 1, 1, parts=2)),
+        (512, Tile(128, 64, 8, 1, 1)),
+        (512, Tile(64, 32, 4, 1, 1)),
+        (512, Tile(64, 16, 4, 1, 1)),
+        (512, Tile(32, 16, 2, 1, 1)),
     ),
 )
 _TF32_TILES = (
@@ -196,6 +210,10 @@ _TF32_TILES = (
     (128, Tile(64, 16, 4, 1, 2)),
     (256, Tile(64, 16, 4, 1, 2)),
     (256, Tile(64, 16, 4, 1, 1)),
+    (512, Tile(64, 16, 4, 1, 1, parts=2)),
+    (512, Tile(32, 16, 2, 1, 1, parts=2)),
+    (512, Tile(64, 16, 4, 1, 1)),
+    (512, Tile(32, 16, 2, 1, 1)),
 )
 _TF32 = Engine("_attention/forward_fp32.cu", _TF32_TILES, constants=(("kSplit", False),))
 _TF32_SPLIT = Engine("_attention/forward_fp32.cu", _TF32_TILES, constants=(("kSplit", True),))
@@ -207,6 +225,8 @@ _DMMA = Engine(
         (128, Tile(64, 16, 4, 1, 1)),
         (256, Tile(64, 16, 4, 1, 1, columns=128)),
         (256, Tile(32, 16, 2, 1, 1, columns=128)),
+        (512, Tile(32, 8, 2, 1, 1, columns=128, parts=4)),
+        (512, Tile(16, 8, 1, 1, 1, columns=128, parts=4)),
     ),
 )
 _SIMT_FLOAT = Engine(
@@ -218,6 +238,9 @@ _SIMT_FLOAT = Engine(
         (128, Tile(64, 16, 4, 1, 1)),
         (256, Tile(32, 16, 2, 1, 2)),
         (256, Tile(32, 16, 2, 1, 1)),
+        (512, Tile(32, 16, 4, 1, 1, columns=512)),
+        (512, Tile(32, 8, 4, 1, 1, columns=512)),
+        (512, Tile(16, 8, 4, 1, 1, columns=512)),
     ),
     rows="kThreadRows",
     rows_at_once=4,
@@ -232,6 +255,8 @@ _SIMT_DOUBLE = Engine(
         (128, Tile(16, 16, 2, 1, 2)),
         (128, Tile(16, 16, 2, 1, 1)),
         (256, Tile(16, 8, 2, 1, 1)),
+        (512, Tile(8, 8, 2, 1, 1, columns=512)),
+        (512, Tile(4, 8, 1, 1, 1, columns=128, parts=2)),
     ),
     rows="kThreadRows",
     rows_at_once=4,
@@ -280,7 +305,12 @@ def choose(
         pack = best_pack(problem, tile, places) if packs else 1
         return plan(problem, output, engine, tile, why, copies, places, staged, pack)
 
-    first, *others = _tiles(engine, problem, gpu)
+    found = _tiles(engine, problem, gpu)
+    if not found:
+        raise RuntimeError(
+            f"no tile of {engine.file} serves head dim {widest(problem)} on {gpu.name}"
+        )
+    first, *others = found
     chosen: AttentionPlan | None = None
     for tile in reversed(others):
         chosen = replace(planned(tile), narrower=chosen)
@@ -290,7 +320,9 @@ def choose(
 def _engine(problem: Problem, gpu: Gpu, obstacle: str | None) -> tuple[Engine, str]:
     """The engine, and the reason."""
     dtype, arch = problem.dtype, gpu.arch
-    if uses_hopper(problem, gpu):
+    if _has_hopper(problem, gpu):
+        if widest(problem) > WIDE:
+            obstacle = f"head dim {widest(problem)} is beyond {WIDE}"
         if obstacle is None:
             return _HOPPER, f"{dtype} on Hopper's own instructions"
         return _MMA, f"{dtype} on the tensor cores; not Hopper's own instructions: {obstacle}"
@@ -302,7 +334,7 @@ def _engine(problem: Problem, gpu: Gpu, obstacle: str | None) -> tuple[Engine, s
         if arch in _DMMA_ARCHS:
             return _DMMA, "float64 on its tensor cores"
         return _SIMT_DOUBLE, "float64 on the FMA units: no tensor cores for it"
-    if problem.precision == "tf32" and arch >= 80:
+    if problem.precision == "tf32" and arch >= 80 and _tiles(_TF32, problem, gpu):
         return _TF32, "precision='tf32'"
     if arch in _TF32_ARCHS:
         return _TF32_SPLIT, "float32 as sums of two TF32 numbers, three products each"
@@ -316,35 +348,52 @@ def is_hopper(chosen: Plan) -> bool:
 
 def uses_hopper(problem: Problem, gpu: Gpu) -> bool:
     """Whether wgmma and TMA are for such a problem, if nothing about its operands is against it."""
+    return _has_hopper(problem, gpu) and widest(problem) <= WIDE
+
+
+def _has_hopper(problem: Problem, gpu: Gpu) -> bool:
+    """Whether wgmma and TMA are there, for such a dtype."""
     return gpu.arch == 90 and not gpu.forced and problem.dtype in ("float16", "bfloat16")
 
 
+def widest(problem: Problem) -> int:
+    """The larger head dim of the two."""
+    return max(problem.head_dim, problem.head_dim_v)
+
+
 def head_dims(engine: Engine, problem: Problem, tile: Tile) -> tuple[int, int]:
-    """(kHeadDim, kHeadDimV): buckets, the second no larger than the first nor than tile.columns."""
+    """(kHeadDim, kHeadDimV): buckets, the second no larger than the first nor than a block has."""
     d, d_v = (
         next(size for size in BUCKETS if size >= max(dim, engine.box))
         for dim in (problem.head_dim, problem.head_dim_v)
     )
-    return max(d, d_v), min(d_v, tile.columns)
+    d = max(d, d_v)
+    if d > WIDE:
+        d_v = d if d_v > WIDE else WIDE
+    return d, min(d_v, tile.columns * tile.parts)
+
+
+def parts(engine: Engine, problem: Problem, tile: Tile) -> int:
+    """Into how many parts a block cuts its columns of V."""
+    return -(-head_dims(engine, problem, tile)[1] // tile.columns)
 
 
 def _tiles(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
-    """The first tile that serves the head dims and of which enough blocks fit.
+    """The first tile that serves the head dims and of which enough blocks fit, if there is one.
 
     Behind it, for variants, those of fewer and fewer keys, in case that the first one spills.
     """
     found: list[Tile] = []
-    widest = max(problem.head_dim, problem.head_dim_v)
     reserved = gpu.shared_memory_per_multiprocessor - gpu.shared_memory_per_block  # of each block's
     for head_dim, tile in engine.tiles:
-        serves = widest <= head_dim and tile.since <= gpu.arch
+        serves = widest(problem) <= head_dim and tile.since <= gpu.arch
+        if tile.parts > 1:  # without a second part, half the warps would be missing
+            serves = serves and parts(engine, problem, tile) > 1
         together = tile.blocks * (shared_memory(engine, problem, tile) + reserved)
         if not serves or together > gpu.shared_memory_per_multiprocessor:
             continue
         if not found or (problem.variant.steps and tile.keys < found[-1].keys):
             found.append(tile)
-    if not found:
-        raise RuntimeError(f"no tile of {engine.file} serves head dim {widest} on {gpu.name}")
     return found
 
 
@@ -384,6 +433,7 @@ def plan(
     """Spell out a chosen tile as a launch, of as many blocks at most as there are places."""
     d, d_v = head_dims(engine, problem, tile)
     slices = -(-problem.head_dim_v // d_v)
+    warps = tile.warps * parts(engine, problem, tile)
     tiles = most_query_tiles(problem, tile.queries, pack)
     pairs = pairs_of_heads(problem)
     blocks = tiles * slices * (pairs // pack)
@@ -400,7 +450,7 @@ def plan(
         "kSlices": slices,
         "kBlockM": tile.queries,
         "kBlockN": tile.keys,
-        "kThreads": 32 * tile.warps,
+        "kThreads": 32 * warps,
         "kStages": tile.stages,
         "kMinBlocks": tile.blocks,
         "kVarlen": problem.varlen,
@@ -418,7 +468,7 @@ def plan(
             generated=problem.variant.text,
         ),
         grid=(blocks if places is None else min(blocks, places), 1, 1),
-        threads=32 * (tile.warps + engine.loaders),
+        threads=32 * (warps + engine.loaders),
         shared_memory=shared_memory(engine, problem, tile, staged),
         bytes=traffic(problem, output),
         operations=2 * (problem.head_dim + problem.head_dim_v) * visible(problem) * pairs,

@@ -1,6 +1,6 @@
 // The products on the ordinary FMA units, in T = float or double: for GPUs whose tensor cores cannot do better at full precision.
 //
-// A warp holds 4 * kThreadRows query rows. Lane l works on rows l / 8 + 4 r; its keys are l % 8 + 8 c, its outputs whole 16-byte chunks.
+// A warp holds 4 * kThreadRows query rows. Lane l works on rows l / 8 + 4 r; its keys are l % 8 + 8 c, its outputs whole 16-byte chunks of its group's columns.
 #include "_attention/tile_loop.cuh"
 
 template <typename Number> struct SimtProducts {
@@ -8,10 +8,11 @@ template <typename Number> struct SimtProducts {
   static constexpr int kChunk = 16 / sizeof(T);
   static constexpr int kRows = kThreadRows;
   static constexpr int kScores = kBlockN / 8;
-  static constexpr int kOutputs = kHeadDimV / 8;
+  static constexpr int kOutputs = WarpGrid<4 * kThreadRows>::kColumns / 8;
   static constexpr int kRowLanes = 8;
   static constexpr int kWarpRows = 4 * kThreadRows;
-  static_assert(kBlockM == kWarpRows * kThreads / 32, "the warps must cover the query tile");
+  using Grid = WarpGrid<kWarpRows>;
+  static_assert(Grid::kColumns % (8 * kChunk) == 0, "a thread's outputs must be whole chunks");
 
   using QTile = SharedTile<T, kBlockM, kHeadDim>;
   using KTile = SharedTile<T, kBlockN, kHeadDim>;
@@ -19,9 +20,9 @@ template <typename Number> struct SimtProducts {
   using Chunk = Vector<T, kChunk>;
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
-  static __device__ __forceinline__ int row(int r) { return threadIdx.x / 32 * kWarpRows + lane() / 8 + 4 * r; }
+  static __device__ __forceinline__ int row(int r) { return Grid::first_row(threadIdx.x) + lane() / 8 + 4 * r; }
   static __device__ __forceinline__ int key(int c) { return lane() % 8 + 8 * c; }
-  static __device__ __forceinline__ int output(int c) { return (c / kChunk * 8 + lane() % 8) * kChunk + c % kChunk; }
+  static __device__ __forceinline__ int output(int c) { return Grid::first_column() + (c / kChunk * 8 + lane() % 8) * kChunk + c % kChunk; }
 
   static __device__ __forceinline__ void scores(T (&s)[kRows][kScores], QTile q_smem, KTile k_smem) {
 #pragma unroll 1
@@ -51,7 +52,7 @@ template <typename Number> struct SimtProducts {
         for (int r = 0; r < kRows; ++r) p_frag[r] = __shfl_sync(0xffffffffu, p[r][c], owner, 8);
 #pragma unroll
         for (int n = 0; n < kOutputs; n += kChunk) {
-          const Chunk v_frag = load(v_smem.at(8 * c + owner, n / kChunk * 8 + lane() % 8));
+          const Chunk v_frag = load(v_smem.at(8 * c + owner, Grid::first_column() / kChunk + n / kChunk * 8 + lane() % 8));
 #pragma unroll
           for (int r = 0; r < kRows; ++r)
 #pragma unroll

@@ -12,11 +12,12 @@
 //   T                                     the accumulators' type
 //   kRows, kScores, kOutputs, kRowLanes   rows a thread holds, scores and outputs a row, lanes that share a row
 //   QTile, KTile, VTile                   how the operands lie in shared memory
-//   row(r), key(c), output(c)             the place of a thread's element in the block's tiles
+//   row(r), key(c), output(c)             the place of a thread's element in the block's tiles; warp_grid.cuh has that of its warp
 //   scores(s, q, k), weigh(o, s, v)       S += Q K^T and O += P V
 // and expects Variant and, as constants: Element, Output, kHeadDim, kHeadDimV, kSlices, kBlockM, kBlockN, kThreads, kStages, and
 // kVarlen, with which batch entries are sequences in packed arrays: each has rows and keys of its own there.
 #include "_attention/sequences.cuh"
+#include "_attention/warp_grid.cuh"
 #include "device/online_softmax.cuh"
 #include "device/shared_tile.cuh"
 
@@ -208,7 +209,7 @@ struct KeyInterval {
 
   // Where the kBlockN keys from `key` on lie for the rows of this warp.
   template <int kWarpRows> __device__ __forceinline__ Place place(int key) const {
-    const int top = recomputed(threadIdx.x) / 32 * kWarpRows, bottom = min_of(top + kWarpRows, rows) - 1;
+    const int top = WarpGrid<kWarpRows>::first_row(recomputed(threadIdx.x)), bottom = min_of(top + kWarpRows, rows) - 1;
     if (top > bottom || key >= end(bottom) || key + kBlockN <= begin(top)) return Place::kOutside;
     return key >= begin(bottom) && key + kBlockN <= end(top) ? Place::kInside : Place::kBorder;
   }
@@ -410,7 +411,7 @@ template <typename Products> struct Rows {
         const KeyInterval keys(params, index);
         factor = take_sink(pair[r], params.variant.sink(coordinates(params, index, keys, Products::row(r))));
       }
-      if (lse != nullptr && Products::key(0) == 0) lse[row * params.lse.row] = pair[r].log_sum() * T(kLn2);
+      if (lse != nullptr && Products::output(0) == 0) lse[row * params.lse.row] = pair[r].log_sum() * T(kLn2);
       const bool sees_nothing = empty && pair[r].sum == pair[r].sum;  // and its sink is no NaN
       const T inverse = sees_nothing ? T(0) : fits ? factor / pair[r].sum : nan<T>();
       Output* out_row = out + row * params.out.row;

@@ -104,13 +104,24 @@ __device__ __forceinline__ Truth equal(Truth a, Truth b) {
 }
 __device__ __forceinline__ Truth negation(Truth a) { return {a.yes, a.no}; }
 template <typename T> __device__ __forceinline__ Truth different(T a, T b) { return negation(equal(a, b)); }
-__device__ __forceinline__ Truth both(Truth a, Truth b) { return {a.no || b.no, a.yes && b.yes}; }
-__device__ __forceinline__ Truth either(Truth a, Truth b) { return {a.no && b.no, a.yes || b.yes}; }
 
+// What follows the first operand is a function, which is not called where the first decides.
+template <typename Later> __device__ __forceinline__ Truth both(Truth a, Later later) {
+  if (!a.yes) return a;
+  const Truth b = later();
+  return {a.no || b.no, b.yes};
+}
+template <typename Later> __device__ __forceinline__ Truth either(Truth a, Later later) {
+  if (!a.no) return a;
+  const Truth b = later();
+  return {b.no, a.yes || b.yes};
+}
 __device__ __forceinline__ Range join(Range a, Range b) { return {least(a.low, b.low), most(a.high, b.high), a.nan || b.nan}; }
 __device__ __forceinline__ Truth join(Truth a, Truth b) { return {a.no || b.no, a.yes || b.yes}; }
-template <typename T> __device__ __forceinline__ T where(Truth condition, T a, T b) {
-  return !condition.no ? a : !condition.yes ? b : join(a, b);
+template <typename A, typename B> __device__ __forceinline__ auto where(Truth condition, A a, B b) {
+  if (!condition.no) return a();
+  if (!condition.yes) return b();
+  return join(a(), b());
 }
 
 __device__ __forceinline__ Truth of_value(bool x) { return known(x); }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 from .cuda import Trees
@@ -12,6 +13,9 @@ _ON_INTEGERS_TOO = (
     *("minimum", "maximum"),
 )
 _NAMES = {"not": "negation", "and": "both", "or": "either"}
+# Of these the first operand may decide alone. The others are then not evaluated: `kinds == 2 or
+# (kinds == 1 and m)` of a BlockMask looks for what m reads only in blocks that m divides.
+_LAZY = ("and", "or", "where")
 _FUNCTION = """
 #include "device/interval.cuh"
 // Whether the variants' masks hide some places of a tile, and show some.
@@ -23,10 +27,8 @@ __device__ interval::Truth visible(const Variant& variant, const interval::Area&
 
 def function(variants: Sequence[Trees]) -> str:
     """The function that classifies a tile, for the masks of these variants."""
-    text = "interval::known(true)"
-    for each in variants:
-        if each.mask:
-            text = f"interval::both({text}, {_range(each.mask, each.names)})"
+    ranges = [_range(each.mask, each.names) for each in variants if each.mask]
+    text = functools.reduce(lambda left, right: _call("both", left, _later(right)), ranges)
     return _FUNCTION.format(text=text)
 
 
@@ -41,13 +43,23 @@ def _range(node: Node, names: Mapping[str, str]) -> str:
         return f"at.{node.value}"
     if operation == "parameter":
         return f"interval::of_value(variant.{names[node.value]})"
-    operands = ", ".join(_range(each, names) for each in node.operands)
+    first, *others = (_range(each, names) for each in node.operands)
     if operation == "element":
         array = f"variant.{names[node.value]}"
-        return f"interval::element<Variant::Number>({array}, at.entry, {operands})"
+        return _call("element<Variant::Number>", array, "at.entry", first, *others)
     if operation == "float":
-        return f"interval::rounded<false>({operands})"
+        return _call("rounded<false>", first)
     name = _NAMES.get(operation, operation)
     if operation in _ON_INTEGERS_TOO:
         name += f"<{'true' if node.type == 'int' else 'false'}>"
-    return f"interval::{name}({operands})"
+    if operation in _LAZY:
+        others = [_later(each) for each in others]
+    return _call(name, first, *others)
+
+
+def _call(name: str, *operands: str) -> str:
+    return f"interval::{name}({', '.join(operands)})"
+
+
+def _later(text: str) -> str:
+    return f"[&] {{ return {text}; }}"

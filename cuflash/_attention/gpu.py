@@ -17,7 +17,7 @@ from ..jit import gpu as gpus
 from ..jit.launch import Plan, launch, workspace
 from ..jit.strides import fold
 from . import plan, tensor_maps
-from .problem import PLAIN, Operands, Problem, sum_dtype
+from .problem import PLAIN, BlockProblem, Operands, Problem, sum_dtype
 from .variants.program import Program
 
 BATCH_AXES = 4  # kBatchAxes
@@ -62,6 +62,13 @@ def variant_dtype(accumulator: str, variant: Program) -> np.dtype:
         array = np.dtype([("data", "u8"), ("batch", "i8", BATCH_AXES), *along], align=True)
         fields.append((f"p{number}", array if kind.axes else numbers[kind.type]))
     return np.dtype([*fields, ("entries", "i8", BATCH_AXES), ("first", "i8")], align=True)
+
+
+def blocks_dtype(accumulator: str, variant: Program) -> np.dtype:
+    """The struct Params of blocks.cu."""
+    integers = ("heads", "n_q", "n_k", "size_q", "size_k", "len_q", "len_k", "start")
+    fields = [("kinds", "u8"), ("blocks", "i8"), *((name, "i4") for name in integers)]
+    return np.dtype([*fields, ("variant", variant_dtype(accumulator, variant))], align=True)
 
 
 _READ_BY_TMA = ("q", "k", "v")
@@ -259,6 +266,18 @@ def merge_plans(outs: list[Any], out: cp.ndarray) -> list[Plan]:
     return [plan.merge(*step, out.shape, copies) for step in steps]
 
 
+def block_kinds(problem: BlockProblem, values: tuple[Any, ...], kinds: cp.ndarray) -> None:
+    """Fill `kinds`, contiguous and of the problem's shape, on CuPy's current device and stream."""
+    filled = np.zeros((), blocks_dtype(sum_dtype(problem.dtype), problem.variant))
+    filled["kinds"], filled["blocks"] = kinds.data.ptr, kinds.size
+    _, filled["heads"], filled["n_q"], filled["n_k"] = problem.shape
+    filled["size_q"], filled["size_k"] = problem.size
+    filled["len_q"], filled["len_k"] = problem.len_q, problem.len_k
+    filled["start"] = problem.q_start
+    fill_variant(filled["variant"], problem.variant, values, {"b": (0,) * BATCH_AXES}, ())
+    launch(plan.block_kinds(problem), filled)
+
+
 def in_place(operands: Operands) -> Operands:
     """Operands that kernels can read; what they cannot read where it lies is copied once."""
     names = copied(operands)
@@ -371,7 +390,7 @@ def params(
     filled["scale_log2"], filled["factor"] = folded(problem.scale, filled["factor"].dtype)
     most = float(np.finfo(filled["scale"].dtype).max)
     filled["scale"] = min(max(problem.scale, -most), most)
-    fill_variant(filled["variant"], problem.variant, operands, strides, index)
+    fill_variant(filled["variant"], problem.variant, operands.values, strides, index)
     pack, sweep = chosen.pack, plan.sweep(problem, gpus.current(), chosen)
     pairs, tiles = plan.pairs_of_heads(problem) // pack, plan.query_tiles(problem, chosen)
     filled["batch_shape"] = [divisor(length) for length in problem.batch]
@@ -390,12 +409,12 @@ def params(
 def fill_variant(
     filled: np.ndarray,
     variant: Program,
-    operands: Operands,
+    values: tuple[Any, ...],
     strides: dict[str, tuple[int, ...]],
     index: tuple[int, ...],
 ) -> None:
     """Fill in the struct Variant."""
-    for number, (kind, value) in enumerate(zip(variant.slots, operands.values)):
+    for number, (kind, value) in enumerate(zip(variant.slots, values)):
         name = f"p{number}"
         if not kind.axes:
             filled[name] = value

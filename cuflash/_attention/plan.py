@@ -12,7 +12,7 @@ import numpy as np
 from ..jit.gpu import Gpu
 from ..jit.launch import Plan
 from ..jit.source import Kernel
-from .problem import Problem, sum_dtype
+from .problem import BlockProblem, Problem, sum_dtype
 
 if TYPE_CHECKING:
     import cupy
@@ -454,6 +454,28 @@ def tile_words(problem: Problem, chosen: AttentionPlan) -> int:
     """Words of a bit for each key tile."""
     keys = int(dict(chosen.kernel.constants)["kBlockN"])
     return max(1, -(-problem.len_k // (32 * keys)))
+
+
+def block_kinds(problem: BlockProblem) -> Plan:
+    """Plan what evaluates a mask at every place of its blocks."""
+    blocks = math.prod(problem.shape)
+    grid = -(-blocks // _WARPS)
+    if grid >= 2**31:
+        raise ValueError(f"`size` must make fewer than 2**33 blocks, not {blocks}: {problem.size}")
+    return Plan(
+        kernel=Kernel(
+            "_attention/blocks.cu",
+            "attention_blocks",
+            (("Element", problem.dtype),),
+            generated=problem.variant.text,
+        ),
+        grid=(grid, 1, 1),
+        threads=32 * _WARPS,
+        shared_memory=0,
+        bytes=blocks,
+        operations=0,
+        why="a warp a block, place by place until it has seen both: a hidden one, a shown one",
+    )
 
 
 PARTS = 64  # that one launch merges

@@ -255,6 +255,11 @@ def names(tree: Node, coordinate: str) -> bool:
     return any(node.operation == "coordinate" and node.value == coordinate for node in _all(tree))
 
 
+def has_numbers(tree: Node) -> bool:
+    """Whether there are real numbers in an expression."""
+    return any(node.type == "float" for node in _all(tree))
+
+
 def _declaration(kind: Kind) -> str:
     if kind.axes == 0:
         return _TYPES[kind.type]

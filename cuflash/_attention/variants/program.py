@@ -25,6 +25,8 @@ class Step:
     score, mask, sink : str or None
         What becomes of a score, which keys a query sees, and a score that only the sum counts.
     kinds : tuple of (str, Kind)
+    blocks : (int, int) or None
+        Queries and keys of the blocks that a mask is made of.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Step:
     mask: str | None = None
     sink: str | None = None
     kinds: tuple[tuple[str, Kind], ...] = ()
+    blocks: tuple[int, int] | None = None
 
 
 class Program:
@@ -67,6 +70,16 @@ class Program:
     def mask_names(self, coordinate: str) -> bool:
         """Whether a mask depends on this coordinate."""
         return any(cuda.names(each.mask, coordinate) for each in self.trees if each.mask)
+
+    @property
+    def mask_computes(self) -> bool:
+        """Whether some mask computes with real numbers, which dtypes round differently."""
+        return any(cuda.has_numbers(each.mask) for each in self.trees if each.mask)
+
+    @property
+    def queries_of_blocks(self) -> tuple[int, ...]:
+        """Queries of the blocks that masks are made of."""
+        return tuple(step.blocks[0] for step in self.steps if step.blocks)
 
     @property
     def reworks(self) -> bool:

@@ -96,7 +96,7 @@ def _divided(part: Part, asked: Asked, kinds: Any) -> Part:
     # A comment may end the mask's last line.
     mask = f"{name}[{at}] == 2 or {name}[{at}] == 1 and (\n{part.mask}\n)"
     axes = (*part.axes, (name, len(asked.axes) + 2))
-    blocks = Blocks(name, "int8", size, _facts(asked.problem))
+    blocks = Blocks(name, "int8", size, part.mask, _facts(asked.problem))
     return replace(part, mask=mask, axes=axes, values=(*(part.values or ()), kinds), blocks=blocks)
 
 

@@ -1,6 +1,6 @@
 // Which blocks of scores a mask leaves empty, and which whole: it is evaluated at every place.
 //
-// A warp has a block, until it has seen both; its lanes have keys side by side. Expects Variant and, as a constant: Element.
+// A warp has a block, until it has seen both; its lanes have keys side by side. Expects Variant and, as constants: Element, kWholeBlocks.
 constexpr int kEmpty = 0, kPartial = 1, kWhole = 2;
 
 struct Params {

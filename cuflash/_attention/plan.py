@@ -86,6 +86,8 @@ class Tile:
         The oldest architecture on which the registers hold it without spilling.
     query_stages : int
         Query tiles in shared memory at a time.
+    for_blocks : bool
+        Only for masks of blocks that it divides and the tiles before it do not.
     """
 
     queries: int
@@ -96,6 +98,11 @@ class Tile:
     columns: int = 256
     since: int = 75
     query_stages: int = 1
+    for_blocks: bool = False
+
+    def divides(self, blocks: tuple[tuple[int, int], ...]) -> bool:
+        """Whether it lies within one block, of each of some sizes."""
+        return all(q % self.queries == 0 and k % self.keys == 0 for q, k in blocks)
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,11 @@ _HOPPER = Engine(
         (64, Tile(192, 128, 12, 4, 1, query_stages=2)),
         (64, Tile(192, 96, 12, 4, 1, query_stages=2)),
         (64, Tile(192, 64, 12, 4, 1, query_stages=2)),
+        # A tile of 192 rows lies across two rows of blocks of 128, and visits what is in either: in
+        # 384 rows 2 x 192 x 2p of the keys, where p of the blocks are there and none of them above
+        # one another, but 3 x 128 x p in tiles of 128.
+        (64, Tile(128, 128, 8, 4, 1, query_stages=2, for_blocks=True)),
+        (64, Tile(128, 64, 8, 4, 1, query_stages=2, for_blocks=True)),
         (128, Tile(128, 128, 8, 2, 1, query_stages=2)),
         (128, Tile(128, 96, 8, 2, 1, query_stages=2)),
         (128, Tile(128, 64, 8, 2, 1, query_stages=2)),
@@ -277,7 +289,8 @@ def choose(
         fits = shared_memory(engine, problem, tile, staged=True) <= gpu.shared_memory_per_block
         staged = stored_by_tma and BYTES[output] == 2 and fits
         places = tile.blocks * gpu.multiprocessors
-        pack = best_pack(problem, tile, places) if packs else 1
+        apart = problem.variant.blocks and problem.variant.mask_names("h")  # blocks of their own
+        pack = best_pack(problem, tile, places) if packs and not apart else 1
         return plan(problem, output, engine, tile, why, copies, places, staged, pack)
 
     first, *others = _tiles(engine, problem, gpu)
@@ -331,17 +344,30 @@ def head_dims(engine: Engine, problem: Problem, tile: Tile) -> tuple[int, int]:
 def _tiles(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
     """The first tile that serves the head dims and of which enough blocks fit.
 
-    Behind it, for variants, those of fewer and fewer keys, in case that the first one spills.
+    Where a mask is made of blocks, it is the first one that divides them, if there is one: tiles
+    across several blocks visit what is in any of them, and have to look into each. Behind it, for
+    variants, come those of fewer and fewer keys, in case that the first one spills.
     """
+    blocks = problem.variant.blocks
+    serving = _serving(engine, problem, gpu)
+    dividing = [tile for tile in serving if blocks and tile.divides(blocks)]
+    first, *others = dividing or [tile for tile in serving if not tile.for_blocks]
+    found = [first]
+    for tile in others:
+        if problem.variant.steps and tile.keys < found[-1].keys:
+            found.append(tile)
+    return found
+
+
+def _serving(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
+    """The tiles that serve the head dims and of which enough blocks fit, the best first."""
     found: list[Tile] = []
     widest = max(problem.head_dim, problem.head_dim_v)
     reserved = gpu.shared_memory_per_multiprocessor - gpu.shared_memory_per_block  # of each block's
     for head_dim, tile in engine.tiles:
         serves = widest <= head_dim and tile.since <= gpu.arch
         together = tile.blocks * (shared_memory(engine, problem, tile) + reserved)
-        if not serves or together > gpu.shared_memory_per_multiprocessor:
-            continue
-        if not found or (problem.variant.steps and tile.keys < found[-1].keys):
+        if serves and together <= gpu.shared_memory_per_multiprocessor:
             found.append(tile)
     if not found:
         raise RuntimeError(f"no tile of {engine.file} serves head dim {widest} on {gpu.name}")
@@ -408,6 +434,8 @@ def plan(
     if engine.persistent:
         constants |= {"kQStages": tile.query_stages, "kStaged": staged}
         constants["kWeightsFirst"] = d_v <= WEIGHTS_FIRST and not problem.variant.reworks
+    if problem.variant.blocks_decide:
+        constants["kWholeBlocks"] = tile.divides(problem.variant.blocks)
     return AttentionPlan(
         kernel=Kernel(
             engine.file,
@@ -466,7 +494,7 @@ def block_kinds(problem: BlockProblem) -> Plan:
         kernel=Kernel(
             "_attention/blocks.cu",
             "attention_blocks",
-            (("Element", problem.dtype),),
+            (("Element", problem.dtype), ("kWholeBlocks", False)),
             generated=problem.variant.text,
         ),
         grid=(grid, 1, 1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -146,8 +146,10 @@ def _step(number: int, part: Part, bound: list[Any], operands: Operands, facts: 
             blocks.check(label, part.blocks, value.shape, facts)
             dtypes = (part.blocks.dtype,)
         kinds.append((name, _kind(label, value, axes, operands, dtypes)))
-    size = part.blocks.size if part.blocks else None
-    return Step("variant", part.score, part.mask, None, tuple(kinds), size)
+    step = Step("variant", part.score, part.mask, kinds=tuple(kinds))
+    if part.blocks:
+        step = replace(step, blocks=part.blocks.size, places=part.blocks.places)
+    return step
 
 
 def _facts(operands: Operands, dtype: str, start: int | None, length: int | None) -> Facts:

@@ -11,12 +11,9 @@ from .. import block_kinds
 from .blocks import Blocks
 from .variant import Part, Variant
 
-# By the axes of the blocks; an axis of length 1 is that of all heads, or of all batch entries.
-_EXPRESSIONS = {
-    2: "blocks[row // size_q, j // size_k]",
-    3: "blocks[h, row // size_q, j // size_k]",
-    4: "blocks[b, h, row // size_q, j // size_k]",
-}
+# By the number of the axes, what stands before rows and keys. An axis of length 1 is that of
+# all heads, or of all batch entries.
+_FRONT = {2: "", 3: "h, ", 4: "b, h, "}
 
 
 class BlockMask(Variant):
@@ -78,17 +75,17 @@ class BlockMask(Variant):
 
     def __init__(self, blocks: Any, size: int | tuple[int, int]) -> None:
         axes = len(getattr(blocks, "shape", ()))
-        if axes not in _EXPRESSIONS:
+        if axes not in _FRONT:
             raise TypeError(
                 "`blocks` must be an array of 2, 3 or 4 axes, ([[batch,] heads,] n_q, n_k), not "
                 f"{type(blocks).__name__} of shape {getattr(blocks, 'shape', None)}"
             )
         size_q, size_k = block_kinds.size_of_blocks(size)
-        super().__init__(mask=_EXPRESSIONS[axes])
-        (part,) = self(blocks=blocks, size_q=size_q, size_k=size_k).parts
-        self.blocks = blocks
+        # As constants the sizes divide by a product, or by a shift.
+        mask = f"blocks[{_FRONT[axes]}row // {size_q}, j // {size_k}]"
         own = Blocks("blocks", "bool", (size_q, size_k))
-        self.parts = (Part(None, part.mask, part.axes, part.values, own),)
+        self.blocks = blocks
+        self.parts = (Part(None, mask, (("blocks", axes),), (blocks,), own),)
         self._settle()
 
     @staticmethod

@@ -17,13 +17,17 @@ class Blocks:
     dtype : str
     size : (int, int)
         Queries and keys of a block.
+    places : str or None
+        The mask of which these are the blocks: it says the same of each place by itself. None for
+        a caller's own blocks.
     made_for : tuple of (str, int or str)
-        What decided about the blocks of a mask, as a call must have it; empty for a caller's own.
+        What decided about the blocks, as a call must have it; empty for a caller's own.
     """
 
     name: str
     dtype: str
     size: tuple[int, int]
+    places: str | None = None
     made_for: tuple[tuple[str, int | str], ...] = ()
 
 

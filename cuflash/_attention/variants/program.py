@@ -26,7 +26,10 @@ class Step:
         What becomes of a score, which keys a query sees, and a score that only the sum counts.
     kinds : tuple of (str, Kind)
     blocks : (int, int) or None
-        Queries and keys of the blocks that a mask is made of.
+        Queries and keys of the blocks that the mask is made of.
+    places : str or None
+        What kernels evaluate in place of a mask that is made of blocks, for it says the same of
+        each place. None where the blocks alone decide: then nothing, in tiles within one block.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Step:
     sink: str | None = None
     kinds: tuple[tuple[str, Kind], ...] = ()
     blocks: tuple[int, int] | None = None
+    places: str | None = None
 
 
 class Program:
@@ -77,9 +81,14 @@ class Program:
         return any(cuda.has_numbers(each.mask) for each in self.trees if each.mask)
 
     @property
-    def queries_of_blocks(self) -> tuple[int, ...]:
-        """Queries of the blocks that masks are made of."""
-        return tuple(step.blocks[0] for step in self.steps if step.blocks)
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """Queries and keys of the blocks that masks are made of."""
+        return tuple(step.blocks for step in self.steps if step.blocks)
+
+    @property
+    def blocks_decide(self) -> bool:
+        """Whether some mask is nothing but blocks."""
+        return any(each.blocks_decide for each in self.trees)
 
     @property
     def reworks(self) -> bool:
@@ -138,4 +147,6 @@ def _translated(step: Step, names: Mapping[str, str]) -> cuda.Trees:
         return None if source is None else parse(source, parameters, wanted)
 
     score, mask, sink = tree(step.score, "float"), tree(step.mask, "bool"), tree(step.sink, "float")
-    return cuda.Trees(score, mask, sink, names, kinds)
+    places = tree(step.places or step.mask, "bool")
+    blocks_decide = step.blocks is not None and step.places is None
+    return cuda.Trees(score, mask, sink, names, kinds, places, blocks_decide)

@@ -125,7 +125,7 @@ def forward(problem: Problem, operands: Operands) -> None:
     for index in np.ndindex(shape[:-BATCH_AXES]):  # more than one only where axes do not collapse
         filled = params(problem, chosen, ready, strides, index)
         if problem.variant.has_mask:
-            memory = workspace(fill_tile_bits(filled["bits"], problem, chosen, ready))
+            memory = workspace(fill_tile_bits(filled["bits"], problem, chosen, ready, strides))
             if memory is not None:
                 filled["bits"]["counter"] = memory.data.ptr
                 filled["bits"]["data"] = memory.data.ptr + _COUNTER_BYTES
@@ -432,20 +432,29 @@ def fill_variant(
 
 
 def fill_tile_bits(
-    filled: np.ndarray, problem: Problem, chosen: plan.AttentionPlan, operands: Operands
+    filled: np.ndarray,
+    problem: Problem,
+    chosen: plan.AttentionPlan,
+    operands: Operands,
+    strides: dict[str, tuple[int, ...]],
 ) -> int:
-    """Fill in the struct TileBits but for its memory; return how many bytes that needs."""
+    """Fill in the struct TileBits but for its memory; return how many bytes that needs.
+
+    Heads and batch axes whose masks are one, as where an array broadcasts, have their bits once.
+    """
     variant = problem.variant
     tiles, words = plan.query_tiles(problem, chosen), plan.tile_words(problem, chosen)
     step = tiles * 2 * words
     filled["words"] = words
     filled["tasks"] = tiles * (plan.pairs_of_heads(problem) // chosen.pack)
-    if variant.mask_names("h"):
+    if variant.mask_depends("h", operands.values):
         filled["head"] = step
         step *= problem.heads // chosen.pack
     lengths = problem.q_start_array or problem.kv_lengths_array
-    if lengths or variant.mask_names("b") or walked(variant, operands):
-        for axis in reversed(range(BATCH_AXES)):
+    differ = lengths or variant.mask_depends("b", operands.values)
+    walks = [strides[name][-BATCH_AXES:] for name in walked(variant, operands)]
+    for axis in reversed(range(BATCH_AXES)):
+        if differ or any(walk[axis] for walk in walks):
             filled["batch"][axis] = step
             step *= problem.batch[axis]
     return _COUNTER_BYTES + 4 * step

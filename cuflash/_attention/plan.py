@@ -455,22 +455,29 @@ def plan(
     )
 
 
-_WARPS = 4  # of a block of tiles.cu, each for 32 key tiles of a query tile
+# Of a block of tiles.cu and blocks.cu, each with 32 key tiles of a query tile, or with a block.
+_WARPS = 4
+# Of a block of tiles.cu that looks at arrays of truth values: 32 key tiles of a query tile are up
+# to 768 KB. A warp has 4 words of 8 bytes a lane under way, 1 KB: if that takes 700 ns, 16 warps on
+# each of 132 multiprocessors read 3 TB/s.
+_DENSE_WARPS = 16
 
 
 def tiles(problem: Problem, chosen: AttentionPlan) -> Plan:
     """Plan what finds out which tiles of an attention launch its variants' masks leave."""
     words = tile_words(problem, chosen)
     warps = query_tiles(problem, chosen) * (pairs_of_heads(problem) // chosen.pack) * words
+    dense = problem.variant.dense
+    blocks, threads = (warps, _DENSE_WARPS) if dense else (-(-warps // _WARPS), _WARPS)
     return Plan(
         kernel=Kernel(
             "_attention/tiles.cu",
             "attention_tiles",
-            chosen.kernel.constants,
+            (*chosen.kernel.constants, ("kWarps", threads)),
             generated=problem.variant.text + problem.variant.tiles,
         ),
-        grid=(-(-warps // _WARPS), 1, 1),
-        threads=32 * _WARPS,
+        grid=(blocks, 1, 1),
+        threads=32 * threads,
         shared_memory=0,
         bytes=8 * warps,
         operations=0,

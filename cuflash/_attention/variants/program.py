@@ -52,7 +52,8 @@ class Program:
         for step in steps:
             self.trees.append(_translated(step, dict(zip((name for name, _ in step.kinds), names))))
         self.text = cuda.struct(self.trees, self.slots)
-        self.tiles = tiles.function(self.trees) if self.has_mask else ""
+        # What classifies tiles, and whether its warps look at arrays together.
+        self.tiles, self.dense = tiles.functions(self.trees) if self.has_mask else ("", False)
         self.names_entries = any(
             cuda.names(tree, "b")
             for each in self.trees
@@ -74,6 +75,14 @@ class Program:
     def mask_names(self, coordinate: str) -> bool:
         """Whether a mask depends on this coordinate."""
         return any(cuda.names(each.mask, coordinate) for each in self.trees if each.mask)
+
+    def mask_depends(self, coordinate: str, values: Sequence[Any]) -> bool:
+        """Whether a mask does, but as a subscript along which an array's elements are all one."""
+        return any(
+            _depends(each.mask, coordinate, names)
+            for each, names in self._with_values(values)
+            if each.mask
+        )
 
     @property
     def mask_computes(self) -> bool:
@@ -137,6 +146,18 @@ def program(steps: tuple[Step, ...]) -> Program:
         That points at what is not allowed in an expression.
     """
     return Program(steps)
+
+
+def _depends(node: Node, coordinate: str, values: Mapping[str, Any]) -> bool:
+    operands = node.operands
+    if node.operation == "element":
+        array = values[node.value]
+        last = slice(array.ndim - len(operands), None)
+        axes = zip(operands, array.strides[last], array.shape[last])
+        operands = tuple(index for index, stride, length in axes if stride and length > 1)
+    if node.operation == "coordinate":
+        return bool(node.value == coordinate)
+    return any(_depends(each, coordinate, values) for each in operands)
 
 
 def _translated(step: Step, names: Mapping[str, str]) -> cuda.Trees:

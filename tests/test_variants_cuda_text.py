@@ -421,3 +421,28 @@ def test_what_decides_is_all_that_is_looked_at(tmp_path):
         assert emulated.visible(index, "float32", each.values, area) == expected
         read = emulated.reads() - before
         assert (read >= 8 * 16) == (kind == 1 and index != 2), (str(each), kind, read)
+
+
+@pytest.mark.parametrize("length", [96, 91])  # read by words, and by bytes
+def test_truth_values_are_looked_at_to_the_edges_of_a_tile(tmp_path, length):
+    random, outside = np.random.default_rng(0), np.zeros((HEADS, 80, length), bool)
+    made = case(step({"dense": outside}, mask="dense[h, row, j]"))
+    emulated = Emulated([made.program], tmp_path)
+    for number in range(200):
+        area, whole = np.zeros((), AREA), outside.copy()
+        ranges = []
+        for name, end in zip(("h", "row", "j"), outside.shape):
+            ends = sorted(random.integers(0, end, 2))
+            area[name]["low"], area[name]["high"] = ends
+            ranges.append(slice(ends[0], ends[1] + 1))
+        whole[tuple(ranges)] = True
+        corner = whole.copy()
+        corner[tuple(random.choice([each.start, each.stop - 1]) for each in ranges)] = False
+        single = whole.sum() == 1
+        for array, expected in (
+            (whole, (False, True)),
+            (~whole, (True, False)),
+            (corner, (True, not single)),
+            (~corner, (not single, True)),
+        ):
+            assert emulated.visible(0, "float32", (array,), area) == expected, (number, area)

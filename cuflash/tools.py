@@ -57,11 +57,11 @@ def explain(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> str:
     device, plans = _planner(f)(*args, **kwargs)
     if device < 0:
         return (
-            f"{f.__name__}: NumPy, the same tiles and recurrence as the kernels; "
+            f"{f.__qualname__}: NumPy, the same tiles and recurrence as the kernels; "
             "no GPU array was passed"
         )
     with _device(device):
-        launches = _launches(f.__name__, len(plans))
+        launches = _launches(f.__qualname__, len(plans))
         return "\n".join([launches, *map(_explained, dict.fromkeys(plans))])
 
 
@@ -103,7 +103,7 @@ def warmup(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
     device, plans = _planner(f)(*args, **kwargs)
     kernels = list(dict.fromkeys(plans))
     if kernels:
-        _load(device, kernels, f.__name__)
+        _load(device, kernels, f.__qualname__)
     return len(kernels)
 
 
@@ -128,7 +128,7 @@ def show_config() -> None:
 
 def _planner(f: Callable[..., Any]) -> Planner:
     if f not in _planners:
-        allowed = ", ".join(f"cuflash.{known.__name__}" for known in _planners)
+        allowed = ", ".join(f"cuflash.{known.__qualname__}" for known in _planners)
         raise TypeError(f"`f` is {f!r}, which launches nothing of its own; allowed are {allowed}")
     return _planners[f]
 

@@ -132,6 +132,9 @@ _CUDA = """
 #define __expf expf
 #define __logf logf
 
+extern "C" {
+extern long reads;
+}
 struct { unsigned x; } threadIdx;
 template <typename To, typename From> To same_bits(From from) {
   static_assert(sizeof(To) == sizeof(From), "");
@@ -143,7 +146,11 @@ float __int_as_float(int x) { return same_bits<float>(x); }
 float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 double __longlong_as_double(long long x) { return same_bits<double>(x); }
-template <typename T> T __ldg(const T* from) { return *from; }
+long reads;  // of elements, one by one
+template <typename T> T __ldg(const T* from) {
+  ++reads;
+  return *from;
+}
 unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const unsigned long long bytes = (unsigned long long)y << 32 | x;
   unsigned found = 0;
@@ -245,7 +252,13 @@ extern "C" void evaluate_{name}(const {name}::Variant& variant, int count, const
 """
 _VISIBLE = """
 extern "C" int visible_{name}(const {name}::Variant& variant, const interval::Area& area) {{
-  const interval::Truth found = visible(variant, area);
+  interval::Truth dense[{name}::kDense + 1] = {{}};
+  const auto never = [](interval::Truth) {{ return false; }};
+  for (int n = 0; n < 32 * {name}::kDense; ++n) {{  // lane by lane
+    interval::Truth& each = dense[n / 32];
+    each = interval::join(each, {name}::dense_part(n / 32, variant, area, n % 32, never));
+  }}
+  const interval::Truth found = visible(variant, area, dense);
   return found.no + 2 * found.yes;
 }}
 """
@@ -336,6 +349,10 @@ class Emulated:
         variant = self.filled(index, number, values)
         found = self.library[f"visible_{number}_{index}"](_pointer(variant), _pointer(area))
         return bool(found & 1), bool(found & 2)
+
+    def reads(self) -> int:
+        """How many elements have been read one by one, by all so far."""
+        return ctypes.c_long.in_dll(self.library, "reads").value
 
     def filled(self, index: int, number: str, values: Sequence[Any]) -> np.ndarray:
         """The struct Variant with its values."""

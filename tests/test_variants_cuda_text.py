@@ -89,6 +89,8 @@ MASKS = (
     ("local",),
     ("True",),
     ("False",),
+    ("dense[h, row, j]",),
+    ("odd[row, j]",),
 )
 OPERATIONS = (
     *("{} + {}", "{} - {}", "{} * {}", "{} / {}", "{} // {}", "{} % {}", "{} % 5", "{} // 4"),
@@ -388,6 +390,9 @@ def test_ranges_of_common_masks_are_exact(tmp_path):
     values["document"] = np.sort(random.integers(0, 9, (4, 100)))
     values["block"] = random.random((HEADS, 8, 6)) < 0.5
     values["seen"] = random.random(80) < 0.5
+    values["odd"] = random.random((52, 91)) < random.choice([0.02, 0.98], 91)
+    values["dense"] = np.repeat(np.repeat(values["block"], 8, axis=1), 16, axis=2)
+    values["dense"][:, ::7, ::5] ^= random.random(values["dense"][:, ::7, ::5].shape) < 0.05
     cases = [case(*(step(values, mask=mask) for mask in masks)) for masks in MASKS]
     emulated = Emulated([each.program for each in cases], tmp_path)
     for index, each in enumerate(cases):
@@ -395,3 +400,49 @@ def test_ranges_of_common_masks_are_exact(tmp_path):
             area, names = drawn_area(random, random.integers(0, 40))
             for true, found in seen_and_found(emulated, index, each, area, names):
                 assert true == found, f"{each}: {found}, not {true}, at {area}"
+
+
+def test_what_decides_is_all_that_is_looked_at(tmp_path):
+    """Blocks that are empty or whole, before an array of which each element would be read."""
+    kinds, deep = np.array([[0, 1, 2]], "i1"), np.zeros((8, 48), "i4")
+    kind = "kinds[row // 8, j // 16]"
+    both = f"{kind} == 2 or {kind} == 1 and deep[row, j] == 0"
+    chosen = f"deep[row, j] == 0 if {kind} == 1 else {kind} == 2"
+    cases = [case(step({"kinds": kinds, "deep": deep}, mask=mask)) for mask in (both, chosen)]
+    cases.append(
+        case(*(step({"kinds": kinds, "deep": deep}, mask=m) for m in (f"{kind} == 2", both)))
+    )
+    emulated = Emulated([each.program for each in cases], tmp_path)
+    for (index, each), kind in itertools.product(enumerate(cases), (0, 1, 2)):
+        area = np.zeros((), AREA)
+        area["row"]["high"], area["j"]["low"], area["j"]["high"] = 7, 16 * kind, 16 * kind + 15
+        before = emulated.reads()
+        expected = {0: (True, False), 1: (index == 2, index != 2), 2: (False, True)}[kind]
+        assert emulated.visible(index, "float32", each.values, area) == expected
+        read = emulated.reads() - before
+        assert (read >= 8 * 16) == (kind == 1 and index != 2), (str(each), kind, read)
+
+
+@pytest.mark.parametrize("length", [96, 91])  # read by words, and by bytes
+def test_truth_values_are_looked_at_to_the_edges_of_a_tile(tmp_path, length):
+    random, outside = np.random.default_rng(0), np.zeros((HEADS, 80, length), bool)
+    made = case(step({"dense": outside}, mask="dense[h, row, j]"))
+    emulated = Emulated([made.program], tmp_path)
+    for number in range(200):
+        area, whole = np.zeros((), AREA), outside.copy()
+        ranges = []
+        for name, end in zip(("h", "row", "j"), outside.shape):
+            ends = sorted(random.integers(0, end, 2))
+            area[name]["low"], area[name]["high"] = ends
+            ranges.append(slice(ends[0], ends[1] + 1))
+        whole[tuple(ranges)] = True
+        corner = whole.copy()
+        corner[tuple(random.choice([each.start, each.stop - 1]) for each in ranges)] = False
+        single = whole.sum() == 1
+        for array, expected in (
+            (whole, (False, True)),
+            (~whole, (True, False)),
+            (corner, (True, not single)),
+            (~corner, (not single, True)),
+        ):
+            assert emulated.visible(0, "float32", (array,), area) == expected, (number, area)

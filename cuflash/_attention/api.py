@@ -314,7 +314,7 @@ def prepare(
     dtype = check.common_dtype(native, ("q", "k", "v"))
     operands = check.inputs(native)
     check.integers(caller, operands, start, length)
-    program, operands.values = bind.bind(asked, native, operands, dtype)
+    program, operands.values = bind.bind(asked, native, operands, dtype, start, length)
     if length is not None:
         operands.k, operands.v = operands.k[..., :length, :], operands.v[..., :length, :]
     left, right = check.useful_sides(operands, start, left, 0 if causal else right)

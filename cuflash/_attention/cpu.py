@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .problem import Operands, Problem
+from .problem import BlockProblem, Operands, Problem, sum_dtype
 
 TILE_Q = 128
 TILE_K = 128
@@ -231,6 +231,21 @@ def _forward_heads(
         out[:, tile] = out_tile.reshape(out[:, tile].shape)
         if lse is not None:
             lse[:, tile] = lse_tile.reshape(lse[:, tile].shape)
+
+
+def block_kinds(problem: BlockProblem, values: Sequence[Any], kinds: np.ndarray) -> None:
+    """Fill `kinds`, of the problem's shape: the mask is evaluated at every place."""
+    (size_q, size_k), dtype = problem.size, np.dtype(sum_dtype(problem.dtype))
+    keys, firsts = np.arange(problem.len_k), np.arange(0, problem.len_k, size_k)
+    for b, h, block in np.ndindex(kinds.shape[:-1] if problem.len_k else (0, 0, 0)):
+        row = np.arange(block * size_q, min((block + 1) * size_q, problem.len_q))[:, None]
+        places = {"b": b, "h": h, "row": row, "i": row + problem.q_start, "j": keys}
+        places |= {"len_q": problem.len_q, "len_k": problem.len_k}
+        seen = problem.variant.mask(places, values, dtype)
+        seen = np.broadcast_to(seen, (row.size, problem.len_k))
+        some = np.logical_or.reduceat(seen.any(axis=0), firsts)
+        whole = np.logical_and.reduceat(seen.all(axis=0), firsts)
+        kinds[b, h, block] = some.astype(np.int8) + whole
 
 
 def merge(

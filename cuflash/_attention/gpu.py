@@ -17,7 +17,7 @@ from ..jit import gpu as gpus
 from ..jit.launch import Plan, launch, workspace
 from ..jit.strides import fold
 from . import plan, tensor_maps
-from .problem import PLAIN, Operands, Problem, sum_dtype
+from .problem import PLAIN, BlockProblem, Operands, Problem, sum_dtype
 from .variants.program import Program
 
 BATCH_AXES = 4  # kBatchAxes
@@ -70,6 +70,13 @@ def variant_dtype(accumulator: str, variant: Program) -> np.dtype:
         array = np.dtype([("data", "u8"), ("batch", "i8", BATCH_AXES), *along], align=True)
         fields.append((f"p{number}", array if kind.axes else numbers[kind.type]))
     return np.dtype([*fields, ("entries", "i8", BATCH_AXES), ("first", "i8")], align=True)
+
+
+def blocks_dtype(accumulator: str, variant: Program) -> np.dtype:
+    """The struct Params of blocks.cu."""
+    integers = ("heads", "n_q", "n_k", "size_q", "size_k", "len_q", "len_k", "start")
+    fields = [("kinds", "u8"), ("blocks", "i8"), *((name, "i4") for name in integers)]
+    return np.dtype([*fields, ("variant", variant_dtype(accumulator, variant))], align=True)
 
 
 _READ_BY_TMA = ("q", "k", "v")
@@ -130,7 +137,7 @@ def forward(problem: Problem, operands: Operands) -> None:
             fill_sequences(filled, problem, chosen, ready)
             launch(plan.sequences(problem, chosen), filled)
         if problem.variant.has_mask:
-            memory = workspace(fill_tile_bits(filled["bits"], problem, chosen, ready))
+            memory = workspace(fill_tile_bits(filled["bits"], problem, chosen, ready, strides))
             if memory is not None:
                 if not problem.varlen:
                     filled["bits"]["counter"] = memory.data.ptr
@@ -286,6 +293,18 @@ def merge_plans(outs: list[Any], out: cp.ndarray) -> list[Plan]:
     return [plan.merge(*step, out.shape, copies) for step in steps]
 
 
+def block_kinds(problem: BlockProblem, values: tuple[Any, ...], kinds: cp.ndarray) -> None:
+    """Fill `kinds`, contiguous and of the problem's shape, on CuPy's current device and stream."""
+    filled = np.zeros((), blocks_dtype(sum_dtype(problem.dtype), problem.variant))
+    filled["kinds"], filled["blocks"] = kinds.data.ptr, kinds.size
+    _, filled["heads"], filled["n_q"], filled["n_k"] = problem.shape
+    filled["size_q"], filled["size_k"] = problem.size
+    filled["len_q"], filled["len_k"] = problem.len_q, problem.len_k
+    filled["start"] = problem.q_start
+    fill_variant(filled["variant"], problem.variant, values, {"b": (0,) * BATCH_AXES}, ())
+    launch(plan.block_kinds(problem), filled)
+
+
 def in_place(operands: Operands) -> Operands:
     """Operands that kernels can read; what they cannot read where it lies is copied once."""
     names = copied(operands)
@@ -398,7 +417,7 @@ def params(
     filled["scale_log2"], filled["factor"] = folded(problem.scale, filled["factor"].dtype)
     most = float(np.finfo(filled["scale"].dtype).max)
     filled["scale"] = min(max(problem.scale, -most), most)
-    fill_variant(filled["variant"], problem.variant, operands, strides, index)
+    fill_variant(filled["variant"], problem.variant, operands.values, strides, index)
     by_head = shared_by_entries(problem.variant, operands, strides)
     pack, sweep = chosen.pack, plan.sweep(problem, gpus.current(), chosen, by_head)
     pairs, tiles = plan.pairs_of_heads(problem) // pack, plan.query_tiles(problem, chosen)
@@ -434,12 +453,12 @@ def shared_by_entries(
 def fill_variant(
     filled: np.ndarray,
     variant: Program,
-    operands: Operands,
+    values: tuple[Any, ...],
     strides: dict[str, tuple[int, ...]],
     index: tuple[int, ...],
 ) -> None:
     """Fill in the struct Variant."""
-    for number, (kind, value) in enumerate(zip(variant.slots, operands.values)):
+    for number, (kind, value) in enumerate(zip(variant.slots, values)):
         name = f"p{number}"
         if not kind.axes:
             filled[name] = value
@@ -481,22 +500,31 @@ def fill_sequences(
 
 
 def fill_tile_bits(
-    filled: np.ndarray, problem: Problem, chosen: plan.AttentionPlan, operands: Operands
+    filled: np.ndarray,
+    problem: Problem,
+    chosen: plan.AttentionPlan,
+    operands: Operands,
+    strides: dict[str, tuple[int, ...]],
 ) -> int:
-    """Fill in the struct TileBits but for its memory; return how many bytes that needs."""
+    """Fill in the struct TileBits but for its memory; return how many bytes that needs.
+
+    Heads and batch axes whose masks are one, as where an array broadcasts, have their bits once.
+    """
     variant = problem.variant
     tiles, words = plan.query_tiles(problem, chosen), plan.tile_words(problem, chosen)
     step = tiles * 2 * words
     filled["words"] = words
     filled["tasks"] = tiles * (plan.pairs_of_heads(problem) // chosen.pack)
-    if variant.mask_names("h"):
+    if variant.mask_depends("h", operands.values):
         filled["head"] = step
         step *= problem.heads // chosen.pack
     lengths = problem.q_start_array or problem.kv_lengths_array
     if problem.varlen:
         return _COUNTER_BYTES + 4 * step  # sequences have query tiles of their own
-    if lengths or variant.mask_names("b") or walked(variant, operands):
-        for axis in reversed(range(BATCH_AXES)):
+    differ = lengths or variant.mask_depends("b", operands.values)
+    walks = [strides[name][-BATCH_AXES:] for name in walked(variant, operands)]
+    for axis in reversed(range(BATCH_AXES)):
+        if differ or any(walk[axis] for walk in walks):
             filled["batch"][axis] = step
             step *= problem.batch[axis]
     return _COUNTER_BYTES + 4 * step

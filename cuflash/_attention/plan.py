@@ -12,7 +12,7 @@ import numpy as np
 from ..jit.gpu import Gpu
 from ..jit.launch import Plan
 from ..jit.source import Kernel
-from .problem import Problem, sum_dtype
+from .problem import BlockProblem, Problem, sum_dtype
 
 if TYPE_CHECKING:
     import cupy
@@ -90,6 +90,8 @@ class Tile:
     parts : int
         Into how many parts of `columns` a block may cut V, each for warps of its own. What is
         wider still is cut into slices, each for a block of its own.
+    for_blocks : bool
+        Only for masks of blocks that it divides and the tiles before it do not.
     """
 
     queries: int
@@ -101,6 +103,11 @@ class Tile:
     since: int = 75
     query_stages: int = 1
     parts: int = 1
+    for_blocks: bool = False
+
+    def divides(self, blocks: tuple[tuple[int, int], ...]) -> bool:
+        """Whether it lies within one block, of each of some sizes."""
+        return all(q % self.queries == 0 and k % self.keys == 0 for q, k in blocks)
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,11 @@ _HOPPER = Engine(
         (64, Tile(192, 128, 12, 4, 1, query_stages=2)),
         (64, Tile(192, 96, 12, 4, 1, query_stages=2)),
         (64, Tile(192, 64, 12, 4, 1, query_stages=2)),
+        # A tile of 192 rows lies across two rows of blocks of 128, and visits what is in either: in
+        # 384 rows 2 x 192 x 2p of the keys, where p of the blocks are there and none of them above
+        # one another, but 3 x 128 x p in tiles of 128.
+        (64, Tile(128, 128, 8, 4, 1, query_stages=2, for_blocks=True)),
+        (64, Tile(128, 64, 8, 4, 1, query_stages=2, for_blocks=True)),
         (128, Tile(128, 128, 8, 2, 1, query_stages=2)),
         (128, Tile(128, 96, 8, 2, 1, query_stages=2)),
         (128, Tile(128, 64, 8, 2, 1, query_stages=2)),
@@ -302,7 +314,8 @@ def choose(
         fits = shared_memory(engine, problem, tile, staged=True) <= gpu.shared_memory_per_block
         staged = stored_by_tma and BYTES[output] == 2 and fits
         places = tile.blocks * gpu.multiprocessors
-        pack = best_pack(problem, tile, places) if packs else 1
+        apart = problem.variant.blocks and problem.variant.mask_names("h")  # blocks of their own
+        pack = best_pack(problem, tile, places) if packs and not apart else 1
         return plan(problem, output, engine, tile, why, copies, places, staged, pack)
 
     found = _tiles(engine, problem, gpu)
@@ -381,8 +394,22 @@ def parts(engine: Engine, problem: Problem, tile: Tile) -> int:
 def _tiles(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
     """The first tile that serves the head dims and of which enough blocks fit, if there is one.
 
-    Behind it, for variants, those of fewer and fewer keys, in case that the first one spills.
+    Where a mask is made of blocks, it is the first one that divides them, if there is one: tiles
+    across several blocks visit what is in any of them, and have to look into each. Behind it, for
+    variants, come those of fewer and fewer keys, in case that the first one spills.
     """
+    blocks = problem.variant.blocks
+    serving = _serving(engine, problem, gpu)
+    dividing = [tile for tile in serving if blocks and tile.divides(blocks)]
+    found: list[Tile] = []
+    for tile in dividing or [tile for tile in serving if not tile.for_blocks]:
+        if not found or (problem.variant.steps and tile.keys < found[-1].keys):
+            found.append(tile)
+    return found
+
+
+def _serving(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
+    """The tiles that serve the head dims and of which enough blocks fit, the best first."""
     found: list[Tile] = []
     reserved = gpu.shared_memory_per_multiprocessor - gpu.shared_memory_per_block  # of each block's
     for head_dim, tile in engine.tiles:
@@ -390,9 +417,7 @@ def _tiles(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
         if tile.parts > 1:  # without a second part, half the warps would be missing
             serves = serves and parts(engine, problem, tile) > 1
         together = tile.blocks * (shared_memory(engine, problem, tile) + reserved)
-        if not serves or together > gpu.shared_memory_per_multiprocessor:
-            continue
-        if not found or (problem.variant.steps and tile.keys < found[-1].keys):
+        if serves and together <= gpu.shared_memory_per_multiprocessor:
             found.append(tile)
     return found
 
@@ -459,6 +484,8 @@ def plan(
     if engine.persistent:
         constants |= {"kQStages": tile.query_stages, "kStaged": staged}
         constants["kWeightsFirst"] = d_v <= WEIGHTS_FIRST and not problem.variant.reworks
+    if problem.variant.blocks_decide:
+        constants["kWholeBlocks"] = tile.divides(problem.variant.blocks)
     return AttentionPlan(
         kernel=Kernel(
             engine.file,
@@ -499,22 +526,29 @@ def sequences(problem: Problem, chosen: AttentionPlan) -> Plan:
     )
 
 
-_WARPS = 4  # of a block of tiles.cu, each for 32 key tiles of a query tile
+# Of a block of tiles.cu and blocks.cu, each with 32 key tiles of a query tile, or with a block.
+_WARPS = 4
+# Of a block of tiles.cu that looks at arrays of truth values: 32 key tiles of a query tile are up
+# to 768 KB. A warp has 4 words of 8 bytes a lane under way, 1 KB: if that takes 700 ns, 16 warps on
+# each of 132 multiprocessors read 3 TB/s.
+_DENSE_WARPS = 16
 
 
 def tiles(problem: Problem, chosen: AttentionPlan) -> Plan:
     """Plan what finds out which tiles of an attention launch its variants' masks leave."""
     words = tile_words(problem, chosen)
     warps = query_tiles(problem, chosen) * (pairs_of_heads(problem) // chosen.pack) * words
+    dense = problem.variant.dense
+    blocks, threads = (warps, _DENSE_WARPS) if dense else (-(-warps // _WARPS), _WARPS)
     return Plan(
         kernel=Kernel(
             "_attention/tiles.cu",
             "attention_tiles",
-            chosen.kernel.constants,
+            (*chosen.kernel.constants, ("kWarps", threads)),
             generated=problem.variant.text + problem.variant.tiles,
         ),
-        grid=(-(-warps // _WARPS), 1, 1),
-        threads=32 * _WARPS,
+        grid=(blocks, 1, 1),
+        threads=32 * threads,
         shared_memory=0,
         bytes=8 * warps,
         operations=0,
@@ -526,6 +560,28 @@ def tile_words(problem: Problem, chosen: AttentionPlan) -> int:
     """Words of a bit for each key tile."""
     keys = int(dict(chosen.kernel.constants)["kBlockN"])
     return max(1, -(-problem.len_k // (32 * keys)))
+
+
+def block_kinds(problem: BlockProblem) -> Plan:
+    """Plan what evaluates a mask at every place of its blocks."""
+    blocks = math.prod(problem.shape)
+    grid = -(-blocks // _WARPS)
+    if grid >= 2**31:
+        raise ValueError(f"`size` must make fewer than 2**33 blocks, not {blocks}: {problem.size}")
+    return Plan(
+        kernel=Kernel(
+            "_attention/blocks.cu",
+            "attention_blocks",
+            (("Element", problem.dtype), ("kWholeBlocks", False)),
+            generated=problem.variant.text,
+        ),
+        grid=(grid, 1, 1),
+        threads=32 * _WARPS,
+        shared_memory=0,
+        bytes=blocks,
+        operations=0,
+        why="a warp a block, place by place until it has seen both: a hidden one, a shown one",
+    )
 
 
 PARTS = 64  # that one launch merges

@@ -65,6 +65,26 @@ class Problem:
         return sum_dtype(self.dtype)
 
 
+@dataclass(frozen=True)
+class BlockProblem:
+    """Which blocks of a mask are asked about, as kinds: 0 empty, 1 partial, 2 whole."""
+
+    dtype: str  # of the inputs, for which real numbers are computed
+    batch: int  # entries and heads that have blocks of their own
+    heads: int
+    len_q: int
+    len_k: int
+    q_start: int
+    size: tuple[int, int]  # queries and keys of a block
+    variant: Program  # masks alone
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the kinds: batch, heads, and blocks of queries and of keys."""
+        n_q, n_k = (-(-n // size) for n, size in zip((self.len_q, self.len_k), self.size))
+        return self.batch, self.heads, n_q, n_k
+
+
 @dataclass
 class Operands:
     """The arrays of a call, all of one library, with every axis the Problem names.

@@ -14,7 +14,8 @@ struct Truth {
 };
 
 constexpr double kSmallest = -2147483648.0, kLargestInt = 2147483647.0;  // of 32 bits
-constexpr int kMostElements = 512;  // of an array that are looked at
+constexpr int kMostElements = 512;     // of an array that one lane looks at
+constexpr int kMostOfAWarp = 1 << 16;  // that a warp does
 
 __device__ __forceinline__ Range between(double low, double high) { return {low, high, false}; }
 __device__ __forceinline__ Range anything() { return {-infinity<double>(), infinity<double>(), true}; }
@@ -104,13 +105,24 @@ __device__ __forceinline__ Truth equal(Truth a, Truth b) {
 }
 __device__ __forceinline__ Truth negation(Truth a) { return {a.yes, a.no}; }
 template <typename T> __device__ __forceinline__ Truth different(T a, T b) { return negation(equal(a, b)); }
-__device__ __forceinline__ Truth both(Truth a, Truth b) { return {a.no || b.no, a.yes && b.yes}; }
-__device__ __forceinline__ Truth either(Truth a, Truth b) { return {a.no && b.no, a.yes || b.yes}; }
 
+// What follows the first operand is a function, which is not called where the first decides.
+template <typename Later> __device__ __forceinline__ Truth both(Truth a, Later later) {
+  if (!a.yes) return a;
+  const Truth b = later();
+  return {a.no || b.no, b.yes};
+}
+template <typename Later> __device__ __forceinline__ Truth either(Truth a, Later later) {
+  if (!a.no) return a;
+  const Truth b = later();
+  return {b.no, a.yes || b.yes};
+}
 __device__ __forceinline__ Range join(Range a, Range b) { return {least(a.low, b.low), most(a.high, b.high), a.nan || b.nan}; }
 __device__ __forceinline__ Truth join(Truth a, Truth b) { return {a.no || b.no, a.yes || b.yes}; }
-template <typename T> __device__ __forceinline__ T where(Truth condition, T a, T b) {
-  return !condition.no ? a : !condition.yes ? b : join(a, b);
+template <typename A, typename B> __device__ __forceinline__ auto where(Truth condition, A a, B b) {
+  if (!condition.no) return a();
+  if (!condition.yes) return b();
+  return join(a(), b());
 }
 
 __device__ __forceinline__ Truth of_value(bool x) { return known(x); }
@@ -119,33 +131,100 @@ __device__ __forceinline__ Truth of_any(bool) { return {true, true}; }
 __device__ __forceinline__ Range of_any(int) { return between(kSmallest, kLargestInt); }
 template <typename T> __device__ __forceinline__ Range of_any(T) { return anything(); }
 
+// The elements of an array at some indices, each of them once.
+template <int kAxes> struct Box {
+  int first[kAxes], count[kAxes];
+  double all = 1;
+
+  template <typename Array, typename... Index> __device__ __forceinline__ explicit Box(const Array& array, Index... indices) {
+    const Range at[kAxes] = {indices...};
+    for (int axis = 0; axis < kAxes; ++axis) {
+      const double last = array.lengths[axis] - 1;
+      first[axis] = int(least(most(at[axis].low, 0), last));
+      count[axis] = array.strides[axis] == 0 ? 1 : int(least(most(at[axis].high, 0), last)) - first[axis] + 1;
+      all *= count[axis];
+    }
+  }
+};
+
 // What the elements at some indices are, if they are not too many.
 template <typename Number, typename T, int kAxes, bool kUnit, typename... Index>
 __device__ __forceinline__ auto element(const expression::Array<T, kAxes, kUnit>& array, const int (&entry)[expression::kBatchAxes],
                                         Index... indices) {
   using Value = expression::Value<Number>;
-  const Range at[kAxes] = {indices...};
-  int first[kAxes], count[kAxes];
-  double all = 1;
-  for (int axis = 0; axis < kAxes; ++axis) {
-    const double last = array.lengths[axis] - 1;
-    first[axis] = int(least(most(at[axis].low, 0), last));
-    count[axis] = int(least(most(at[axis].high, 0), last)) - first[axis] + 1;
-    all *= array.strides[axis] == 0 ? 1 : count[axis];
-    if (array.strides[axis] == 0) count[axis] = 1;
-  }
+  const Box<kAxes> box(array, indices...);
   const T* data = array.begin(entry);
-  if (all > kMostElements) return of_any(Value::of(T()));
+  if (box.all > kMostElements) return of_any(Value::of(T()));
   decltype(of_value(Value::of(*data))) found = {};
-  for (int number = 0; number < int(all); ++number) {
+  for (int number = 0; number < int(box.all); ++number) {
     int64 place = 0;
     int rest = number;
     for (int axis = kAxes - 1; axis >= 0; --axis) {
-      place += (first[axis] + rest % count[axis]) * array.stride(axis);
-      rest /= count[axis];
+      place += (box.first[axis] + rest % box.count[axis]) * array.stride(axis);
+      rest /= box.count[axis];
     }
     const auto value = of_value(Value::of(expression::constant(data + place)));
     found = number == 0 ? value : join(found, value);
+  }
+  return found;
+}
+
+__device__ __forceinline__ Truth narrowed(Truth a, Truth b) { return {a.no && b.no, a.yes && b.yes}; }  // both are right
+
+template <int kWidth> __device__ __forceinline__ uint64 word_if(bool exists, const bool* from) {
+  if constexpr (kWidth == 8) {
+    uint64 word;
+    expression::load_if(exists, from, word);
+    return word;
+  } else {
+    unsigned char byte;
+    expression::load_if(exists, from, byte);
+    return byte;
+  }
+}
+
+// The same of truth values that lie along keys, for the lanes of a warp together: what this lane found in its part. A word has kWidth
+// elements. `enough(found)` says whether to stop, and is asked by all lanes as often.
+template <int kWidth, int kAxes, typename Enough, typename... Index>
+__device__ __forceinline__ Truth part_of_elements(const expression::Array<bool, kAxes, true>& array, const int (&entry)[expression::kBatchAxes],
+                                                  int lane, Enough enough, Index... indices) {
+  static_assert(kAxes >= 2 && (kWidth == 1 || kWidth == 8), "rows of bytes, or of words that are aligned");
+  constexpr int kAtOnce = 4;  // words under way
+  constexpr int kRow = kAxes - 2, kKey = kAxes - 1;
+  const Box<kAxes> box(array, indices...);
+  if (box.all > kMostOfAWarp) return {true, true};
+  const int end = box.first[kKey] + box.count[kKey], first_word = box.first[kKey] / kWidth, words = (end - 1) / kWidth + 1 - first_word;
+  int side_by_side = 1;  // lanes along a row
+  while (side_by_side < words && side_by_side < 32) side_by_side *= 2;
+  const int step = 32 / side_by_side, rows = box.count[kRow], matrices = int(box.all) / (rows * box.count[kKey]);
+
+  Truth found = {false, false};
+  for (int matrix = 0; matrix < matrices; ++matrix) {
+    const bool* rows_of = array.begin(entry) + box.first[kRow] * array.stride(kRow);
+    for (int axis = kRow - 1, rest = matrix; axis >= 0; rest /= box.count[axis--]) {
+      rows_of += (box.first[axis] + rest % box.count[axis]) * array.stride(axis);
+    }
+    for (int word = lane % side_by_side; word - lane % side_by_side < words; word += side_by_side) {
+      const int key = (first_word + word) * kWidth;
+      uint64 inside = word < words ? ~0ull >> (64 - 8 * kWidth) : 0;  // the bytes of elements that are asked about
+      if (key < box.first[kKey]) inside &= ~0ull << 8 * (box.first[kKey] - key);
+      if (key + kWidth > end && key < end) inside &= ~0ull >> 8 * (8 - (end - key));
+      for (int top = 0; top < rows; top += kAtOnce * step) {
+        uint64 bytes[kAtOnce];
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          const int row = top + n * step + lane / side_by_side;
+          bytes[n] = word_if<kWidth>(word < words && row < rows, rows_of + row * array.stride(kRow) + key);
+        }
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          const uint64 there = top + n * step + lane / side_by_side < rows ? inside : 0, set = bytes[n] | ~there;
+          found.yes |= (bytes[n] & there) != 0;
+          found.no |= ((set - 0x0101010101010101ull) & ~set & 0x8080808080808080ull) != 0;  // some byte is 0
+        }
+        if (enough(found)) return found;
+      }
+    }
   }
   return found;
 }

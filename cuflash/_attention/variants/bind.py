@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,12 @@ from ... import arrays
 from ...jit.strides import address, in_elements
 from ..check import broadcast, in_range
 from ..problem import Operands, sum_dtype
-from . import registry
-from .block_mask import check_blocks
+from . import blocks, registry
 from .kinds import ARRAYS, IN_PAIRS, Kind
 from .program import Program, Step, program
 from .variant import Part, Variant
+
+Facts = dict[str, int | str | None]  # of a call, by name
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,17 @@ def asked(softcap: Any, variant: Any, **of_keywords: Any) -> Asked:
 
 
 def bind(
-    call: Asked, native: dict[str, Any], operands: Operands, dtype: str
+    call: Asked,
+    native: dict[str, Any],
+    operands: Operands,
+    dtype: str,
+    start: int | None = None,
+    length: int | None = None,
 ) -> tuple[Program, tuple[Any, ...]]:
-    """Return the program of a call for inputs of this dtype, and the values of its slots."""
+    """Return the program of a call for inputs of this dtype, and the values of its slots.
+
+    `start` and `length` are q_start and kv_lengths where these are no arrays.
+    """
     if call.softcap is not None:
         least = 2 * float(
             np.finfo(sum_dtype(dtype)).tiny
@@ -67,6 +76,7 @@ def bind(
         steps.append(step)
         values.extend(bound)
 
+    facts = _facts(operands, dtype, start, length)
     for entry in registry.BEFORE:
         _add_keyword(entry, call, native, operands, add)
     for number, part in enumerate(() if call.variant is None else call.variant.parts):
@@ -74,7 +84,7 @@ def bind(
             native[_label(number, name)] if axes else value
             for (name, axes), value in zip(part.axes, part.values or ())
         ]
-        add(_step(number, part, bound, operands), bound)
+        add(_step(number, part, bound, operands, facts), bound)
     for entry in registry.AFTER:
         _add_keyword(entry, call, native, operands, add)
     try:
@@ -116,7 +126,7 @@ def _broadcast(entry: registry.Entry, value: Any, operands: Operands) -> Any:
         ) from None
 
 
-def _step(number: int, part: Part, bound: list[Any], operands: Operands) -> Step:
+def _step(number: int, part: Part, bound: list[Any], operands: Operands, facts: Facts) -> Step:
     kinds = []
     for (name, axes), value in zip(part.axes, bound):
         if not axes:
@@ -131,17 +141,28 @@ def _step(number: int, part: Part, bound: list[Any], operands: Operands) -> Step
             )
         if value.size == 0 and operands.q.size and operands.k.size:
             raise ValueError(f"`{label}` must have elements, but its shape is {value.shape}")
-        if part.blocks:
-            check_blocks(label, part, value.shape, _sizes(operands))
-        dtypes = ("bool",) if part.blocks else tuple(ARRAYS)
+        dtypes = tuple(ARRAYS)
+        if part.blocks and name == part.blocks.name:
+            blocks.check(label, part.blocks, value.shape, facts)
+            dtypes = (part.blocks.dtype,)
         kinds.append((name, _kind(label, value, axes, operands, dtypes)))
-    return Step("variant", part.score, part.mask, None, tuple(kinds))
+    step = Step("variant", part.score, part.mask, kinds=tuple(kinds))
+    if part.blocks:
+        step = replace(step, blocks=part.blocks.size, places=part.blocks.places)
+    return step
 
 
-def _sizes(operands: Operands) -> dict[str, int]:
+def _facts(operands: Operands, dtype: str, start: int | None, length: int | None) -> Facts:
+    """What blocks may have been made for; None for what arrays decide."""
     *batch, heads, len_q, _ = operands.q.shape
     len_k = operands.k.shape[-2]
-    return {"batch": math.prod(batch), "heads": heads, "len_q": len_q, "len_k": len_k}
+    keys = len_k if length is None else length
+    known_keys = None if operands.kv_lengths is not None else keys
+    first = start
+    if start is None and operands.q_start is None and known_keys is not None:
+        first = known_keys - len_q
+    facts: Facts = {"batch": math.prod(batch), "heads": heads, "len_q": len_q, "len_k": len_k}
+    return facts | {"q_start": first, "kv_lengths": known_keys, "dtype": dtype}
 
 
 def _kind(label: str, value: Any, axes: int, operands: Operands, dtypes: tuple[str, ...]) -> Kind:

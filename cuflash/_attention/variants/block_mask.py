@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from ..check import is_int
+from ... import tools
+from .. import block_kinds
+from .blocks import Blocks
 from .variant import Part, Variant
 
-# By the axes of the blocks; an axis of length 1 is that of all heads, or of all batch entries.
-_EXPRESSIONS = {
-    2: "blocks[row // size_q, j // size_k]",
-    3: "blocks[h, row // size_q, j // size_k]",
-    4: "blocks[b, h, row // size_q, j // size_k]",
-}
+# By the number of the axes, what stands before rows and keys. An axis of length 1 is that of
+# all heads, or of all batch entries.
+_FRONT = {2: "", 3: "h, ", 4: "b, h, "}
 
 
 class BlockMask(Variant):
@@ -31,6 +30,12 @@ class BlockMask(Variant):
     size : int or (int, int)
         Queries and keys of a block. Multiples of 128 fit the kernels' tiles.
 
+    Attributes
+    ----------
+    blocks : array
+        As given; of a BlockMask that `of` made, int8: 0 where a block is empty, 1 where its mask
+        shows some places, 2 where it shows all.
+
     Raises
     ------
     TypeError
@@ -44,7 +49,7 @@ class BlockMask(Variant):
     FlashAttention [1]_, for blocks of any size. Where a block is only a part of a kernel's tile,
     its scores are computed and hidden.
 
-    `local_global`, `strided` and `butterfly` make blocks.
+    `local_global`, `strided` and `butterfly` make blocks; `of` finds those of any Variant's mask.
 
     References
     ----------
@@ -70,16 +75,104 @@ class BlockMask(Variant):
 
     def __init__(self, blocks: Any, size: int | tuple[int, int]) -> None:
         axes = len(getattr(blocks, "shape", ()))
-        if axes not in _EXPRESSIONS:
+        if axes not in _FRONT:
             raise TypeError(
                 "`blocks` must be an array of 2, 3 or 4 axes, ([[batch,] heads,] n_q, n_k), not "
                 f"{type(blocks).__name__} of shape {getattr(blocks, 'shape', None)}"
             )
-        size_q, size_k = _sizes(size)
-        super().__init__(mask=_EXPRESSIONS[axes])
-        (part,) = self(blocks=blocks, size_q=size_q, size_k=size_k).parts
-        self.parts = (Part(None, part.mask, part.axes, part.values, (size_q, size_k)),)
+        size_q, size_k = block_kinds.size_of_blocks(size)
+        # As constants the sizes divide by a product, or by a shift.
+        mask = f"blocks[{_FRONT[axes]}row // {size_q}, j // {size_k}]"
+        own = Blocks("blocks", "bool", (size_q, size_k))
+        self.blocks = blocks
+        self.parts = (Part(None, mask, (("blocks", axes),), (blocks,), own),)
         self._settle()
+
+    @staticmethod
+    def of(
+        variant: Variant,
+        len_q: int,
+        len_k: int,
+        *,
+        heads: int = 1,
+        batch: int = 1,
+        size: int | tuple[int, int] = 128,
+        q_start: int | None = None,
+        like: Any = None,
+    ) -> BlockMask:
+        """Look at a Variant's mask once, block by block, for many calls.
+
+        The mask is evaluated at every place. Calls then skip the blocks that it leaves empty, and
+        evaluate it in those alone that it divides.
+
+        Parameters
+        ----------
+        variant : Variant
+            With a mask and all its values; it may be several joined by ``&``, and have scores,
+            which stay as they are.
+        len_q, len_k : int
+            As the calls will have them.
+        heads, batch : int, default 1
+            Query heads, and entries of all batch axes. They matter to a mask that names ``h`` or
+            ``b``, which then has blocks for each.
+        size : int or (int, int), default 128
+            Queries and keys of a block.
+        q_start : int, optional
+            As the calls will have it: by default ``len_k - len_q``. It matters to a mask that names
+            ``i``.
+        like : array, optional
+            An input of the calls, such as ``q``. The blocks are found where it is, by default where
+            the variant's arrays are, and in NumPy for a variant without any; real numbers are
+            computed as for its dtype, by default as for float32.
+
+        Returns
+        -------
+        BlockMask
+            The same mask, and the same scores.
+
+        Raises
+        ------
+        TypeError
+            For what is no Variant, arrays of several kinds or devices, dtypes, and numbers that are
+            no integers.
+        ValueError
+            For a variant that has no mask or lacks values, and for numbers out of range.
+
+        Notes
+        -----
+        A call that is not what the blocks were made for is an error: one of other lengths; of
+        another ``q_start``, ``heads``, ``batch`` or ``kv_lengths``, if the mask names ``i``, ``h``,
+        ``b`` or ``len_k``; and of another dtype, if it computes with real numbers. Arrays of
+        ``q_start`` and ``kv_lengths`` are not looked into, so no name may depend on them: ``len_k``
+        does on the second, and ``i`` on both, or on ``q_start`` alone where that is given.
+
+        The blocks are of the values that the variant's arrays have now: make them anew when these
+        change.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cuflash
+        >>> doc = np.repeat([0, 1], [16, 48])
+        >>> same = cuflash.Variant(mask="doc[row] == doc[j] and j <= row")(doc=doc)
+        >>> sparse = cuflash.BlockMask.of(same, 64, 64, size=16)
+        >>> sparse.blocks
+        array([[1, 0, 0, 0],
+               [0, 1, 0, 0],
+               [0, 2, 1, 0],
+               [0, 2, 2, 1]], dtype=int8)
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 64, 8))
+        >>> out = cuflash.attention(q, k, v, variant=sparse)
+        >>> np.array_equal(out, cuflash.attention(q, k, v, variant=same))
+        True
+        """
+        options = {"heads": heads, "batch": batch, "size": size, "q_start": q_start, "like": like}
+        asked = block_kinds.prepare(variant, len_q, len_k, **options)
+        mask = object.__new__(BlockMask)
+        mask.blocks = block_kinds.find(asked)
+        mask.parts = tuple(block_kinds.parts(variant, asked, mask.blocks))
+        mask._settle()
+        return mask
 
     @staticmethod
     def local_global(n_q: int, n_k: int, *, local: int = 1, leading: int = 1) -> np.ndarray:
@@ -103,27 +196,4 @@ class BlockMask(Variant):
         return (differing & (differing - 1)) == 0
 
 
-def check_blocks(label: str, part: Part, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-    """Compare the shape of a part's blocks with a call's batch, heads, len_q and len_k."""
-    assert part.blocks is not None
-    n_q, n_k = (-(-sizes[n] // size) for n, size in zip(("len_q", "len_k"), part.blocks))
-    if shape[-2:] != (n_q, n_k):
-        raise ValueError(
-            f"`{label}` must have shape (..., {n_q}, {n_k}), as blocks of {part.blocks[0]} queries "
-            f"and {part.blocks[1]} keys need for {sizes['len_q']} and {sizes['len_k']}, not {shape}"
-        )
-    for name, length in zip(("heads", "batch"), reversed(shape[:-2])):
-        if length not in (1, sizes[name]):
-            raise ValueError(
-                f"`{label}` must have 1 or {sizes[name]} along its axis of {name}, not {length}, "
-                f"the shape being {shape}"
-            )
-
-
-def _sizes(size: Any) -> tuple[int, int]:
-    pair = size if isinstance(size, tuple) else (size, size)
-    if len(pair) != 2 or not all(map(is_int, pair)):
-        raise TypeError(f"`size` must be an int or a pair of them, (queries, keys), not {size!r}")
-    if min(pair) < 1:
-        raise ValueError(f"`size` must be at least 1, not {size!r}")
-    return int(pair[0]), int(pair[1])
+tools.register(BlockMask.of, block_kinds.plans)

@@ -69,13 +69,19 @@ _SMALL = 1 << 20  # constants that may be added to a difference of places withou
 
 @dataclass(frozen=True)
 class Trees:
-    """The expressions of one variant; `names` says how its parameters are spelt."""
+    """The expressions of one variant.
+
+    `names` says how its parameters are spelt, and `places` what its mask is where single places are
+    looked at. If `blocks_decide`, all places of a tile within one block are as the tile.
+    """
 
     score: Node | None
     mask: Node | None
     sink: Node | None
     names: Mapping[str, str]
     kinds: Mapping[str, Kind]
+    places: Node | None = None
+    blocks_decide: bool = False
 
     def seen_from_outside(self) -> Trees:
         """The same where the struct is `variant`."""
@@ -87,7 +93,7 @@ def struct(variants: Sequence[Trees], slots: Sequence[Kind]) -> str:
     scores = [each for each in variants if each.score]
     sinks = [Writer(each).scaled(each.sink, (LOG2_E,)) for each in variants if each.sink]
     score_reads, mask_reads = Reads(), Reads()
-    masks = [Writer(each, mask_reads).value(each.mask) for each in variants if each.mask]
+    masks = [_mask(each, mask_reads) for each in variants if each.places]
     lines = [
         f"static constexpr bool kHasScore = {_bool(scores)}, kHasMask = {_bool(masks)};",
         f"static constexpr bool kHasSink = {_bool(sinks)};",
@@ -102,6 +108,13 @@ def struct(variants: Sequence[Trees], slots: Sequence[Kind]) -> str:
         mask=" & ".join(masks) or "true",
         sink=sinks[0] if sinks else "-infinity<Number>()",
     )
+
+
+def _mask(variant: Trees, reads: Reads) -> str:
+    """Whether a place is seen; kWholeBlocks: tiles are visited that lie within one block."""
+    assert variant.places is not None
+    text = Writer(variant, reads).value(variant.places)
+    return f"(kWholeBlocks || {text})" if variant.blocks_decide else text
 
 
 def _scores(variants: Sequence[Trees], reads: Reads) -> list[str]:
@@ -253,6 +266,11 @@ def _all(node: Node) -> Iterator[Node]:
 def names(tree: Node, coordinate: str) -> bool:
     """Whether an expression names a coordinate."""
     return any(node.operation == "coordinate" and node.value == coordinate for node in _all(tree))
+
+
+def has_numbers(tree: Node) -> bool:
+    """Whether there are real numbers in an expression."""
+    return any(node.type == "float" for node in _all(tree))
 
 
 def _declaration(kind: Kind) -> str:

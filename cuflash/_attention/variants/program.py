@@ -25,6 +25,11 @@ class Step:
     score, mask, sink : str or None
         What becomes of a score, which keys a query sees, and a score that only the sum counts.
     kinds : tuple of (str, Kind)
+    blocks : (int, int) or None
+        Queries and keys of the blocks that the mask is made of.
+    places : str or None
+        What kernels evaluate in place of a mask that is made of blocks, for it says the same of
+        each place. None where the blocks alone decide: then nothing, in tiles within one block.
     """
 
     name: str
@@ -32,6 +37,8 @@ class Step:
     mask: str | None = None
     sink: str | None = None
     kinds: tuple[tuple[str, Kind], ...] = ()
+    blocks: tuple[int, int] | None = None
+    places: str | None = None
 
 
 class Program:
@@ -45,7 +52,8 @@ class Program:
         for step in steps:
             self.trees.append(_translated(step, dict(zip((name for name, _ in step.kinds), names))))
         self.text = cuda.struct(self.trees, self.slots)
-        self.tiles = tiles.function(self.trees) if self.has_mask else ""
+        # What classifies tiles, and whether its warps look at arrays together.
+        self.tiles, self.dense = tiles.functions(self.trees) if self.has_mask else ("", False)
         self.names_entries = any(
             cuda.names(tree, "b")
             for each in self.trees
@@ -67,6 +75,29 @@ class Program:
     def mask_names(self, coordinate: str) -> bool:
         """Whether a mask depends on this coordinate."""
         return any(cuda.names(each.mask, coordinate) for each in self.trees if each.mask)
+
+    def mask_depends(self, coordinate: str, values: Sequence[Any]) -> bool:
+        """Whether a mask does, but as a subscript along which an array's elements are all one."""
+        return any(
+            _depends(each.mask, coordinate, names)
+            for each, names in self._with_values(values)
+            if each.mask
+        )
+
+    @property
+    def mask_computes(self) -> bool:
+        """Whether some mask computes with real numbers, which dtypes round differently."""
+        return any(cuda.has_numbers(each.mask) for each in self.trees if each.mask)
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """Queries and keys of the blocks that masks are made of."""
+        return tuple(step.blocks for step in self.steps if step.blocks)
+
+    @property
+    def blocks_decide(self) -> bool:
+        """Whether some mask is nothing but blocks."""
+        return any(each.blocks_decide for each in self.trees)
 
     @property
     def reworks(self) -> bool:
@@ -117,6 +148,18 @@ def program(steps: tuple[Step, ...]) -> Program:
     return Program(steps)
 
 
+def _depends(node: Node, coordinate: str, values: Mapping[str, Any]) -> bool:
+    operands = node.operands
+    if node.operation == "element":
+        array = values[node.value]
+        last = slice(array.ndim - len(operands), None)
+        axes = zip(operands, array.strides[last], array.shape[last])
+        operands = tuple(index for index, stride, length in axes if stride and length > 1)
+    if node.operation == "coordinate":
+        return bool(node.value == coordinate)
+    return any(_depends(each, coordinate, values) for each in operands)
+
+
 def _translated(step: Step, names: Mapping[str, str]) -> cuda.Trees:
     kinds = dict(step.kinds)
     parameters = {name: kind.parameter for name, kind in step.kinds}
@@ -125,4 +168,6 @@ def _translated(step: Step, names: Mapping[str, str]) -> cuda.Trees:
         return None if source is None else parse(source, parameters, wanted)
 
     score, mask, sink = tree(step.score, "float"), tree(step.mask, "bool"), tree(step.sink, "float")
-    return cuda.Trees(score, mask, sink, names, kinds)
+    places = tree(step.places or step.mask, "bool")
+    blocks_decide = step.blocks is not None and step.places is None
+    return cuda.Trees(score, mask, sink, names, kinds, places, blocks_decide)

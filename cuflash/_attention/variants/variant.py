@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from .blocks import Blocks
 from .expression import parse, subscripts
 
 _INT32 = -(2**31), 2**31 - 1
@@ -21,7 +22,7 @@ class Part:
     mask: str | None
     axes: tuple[tuple[str, int], ...]
     values: tuple[Any, ...] | None = None
-    blocks: tuple[int, int] | None = None  # queries and keys of a BlockMask's blocks
+    blocks: Blocks | None = None  # of a BlockMask
 
     @property
     def numbers(self) -> tuple[Any, ...]:
@@ -109,13 +110,22 @@ class Variant:
             )
         )
         # What a repeated call is known by: all but the arrays, and these.
-        self.key = tuple((part.score, part.mask, part.axes, part.numbers) for part in self.parts)
+        self.key = tuple(
+            (part.score, part.mask, part.axes, part.numbers, part.blocks) for part in self.parts
+        )
         self.arrays = [
             value
             for part in self.parts
             for (_, count), value in zip(part.axes, part.values or ())
             if count
         ]
+
+    def masks_alone(self) -> Variant:
+        """The same without scores."""
+        parts = [replace(part, score=None) for part in self.parts if part.mask is not None]
+        if not parts:
+            raise ValueError("`variant` must have a mask, but it has only scores")
+        return _made(parts)
 
     def __call__(self, /, **values: Any) -> Variant:
         """Bind every parameter that is not bound yet."""

@@ -340,6 +340,7 @@ def test_new_offsets_go_the_short_way(cp):
 
 X = np.zeros((2, 10, 16), np.float32)
 OFFSETS = np.array([0, 4, 10])
+BLOCKS = cuflash.BlockMask(np.ones((1, 1), bool), 128)
 
 
 @pytest.mark.parametrize(
@@ -366,6 +367,7 @@ OFFSETS = np.array([0, 4, 10])
         ((X, X, X, OFFSETS), {"alibi": np.zeros((3, 2))}, ValueError, "`alibi` must have a shape"),
         ((X, X, X, OFFSETS), {"bias": X}, TypeError, "bias"),
         ((X, X, X, OFFSETS), {"out": X}, ValueError, "`out` must not overlap"),
+        ((X, X, X, OFFSETS), {"variant": BLOCKS}, ValueError, "`variant` must have no BlockMask"),
     ],
 )
 def test_bad_input(arguments, options, error, message):

@@ -150,6 +150,11 @@ def prepare(
     causal, return_lse = check.flag("causal", causal), check.flag("return_lse", return_lse)
     left, right = check.window_sides(window)
     asked = bind.asked(softcap, variant, alibi=alibi, sinks=sinks)
+    if asked.variant is not None and any(part.blocks for part in asked.variant.parts):
+        raise ValueError(
+            "`variant` must have no BlockMask, whose blocks are of one length: index blocks of "
+            'your own as "blocks[b, row // 128, j // 128]"'
+        )
     start, starts = check.int_or_array("q_start", q_start)
     outputs = check.named_outputs(out, both=return_lse)
     caller, native = arrays.take(

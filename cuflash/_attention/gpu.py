@@ -14,7 +14,7 @@ from .. import arrays
 from ..gpu_arrays import capturing
 from ..jit import compile
 from ..jit import gpu as gpus
-from ..jit.launch import Plan, launch, workspace
+from ..jit.launch import Plan, launch, load, workspace
 from ..jit.strides import fold
 from . import plan, tensor_maps
 from .problem import PLAIN, BlockProblem, Operands, Problem, sum_dtype
@@ -130,6 +130,7 @@ def forward(problem: Problem, operands: Operands) -> None:
     problem, chosen = planned(problem, operands, ready)
     if 0 in chosen.grid:
         return
+    load([*ahead(problem, chosen), chosen])
     chosen = chosen.settled()
     for index in np.ndindex(shape[:-BATCH_AXES]):  # more than one only where axes do not collapse
         filled = params(problem, chosen, ready, strides, index)
@@ -155,9 +156,13 @@ def plans(problem: Problem, operands: Operands) -> list[Plan]:
     shape, _ = collapse(operands, problem.variant)
     problem, chosen = planned(problem, operands, operands)
     chosen = chosen if 0 in chosen.grid else chosen.settled()
-    own = [plan.sequences(problem, chosen)] if problem.varlen else []
-    own += [plan.tiles(problem, chosen)] if problem.variant.has_mask else []
-    return [*own, chosen] * math.prod(shape[:-BATCH_AXES])
+    return [*ahead(problem, chosen), chosen] * math.prod(shape[:-BATCH_AXES])
+
+
+def ahead(problem: Problem, chosen: plan.AttentionPlan) -> list[Plan]:
+    """What is launched before an attention kernel."""
+    found = [plan.sequences(problem, chosen)] if problem.varlen else []
+    return [*found, plan.tiles(problem, chosen)] if problem.variant.has_mask else found
 
 
 def planned(

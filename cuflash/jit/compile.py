@@ -23,6 +23,7 @@ _FIRST_EXACT = 12, 9  # NVRTC
 _STATIC_LIMIT = 48 * 1024  # bytes of shared memory a kernel gets without asking
 
 _kernels: dict[tuple[Kernel, Gpu, int, int], cupy.RawKernel] = {}
+_compiled: set[Kernel] = set()
 _lock = threading.Lock()
 _nvrtc_is_open = False
 _in_progress: dict[tuple[Kernel, Gpu, int, int], threading.Lock] = {}
@@ -45,7 +46,13 @@ def load(kernel: Kernel, gpu: Gpu, shared_memory: int) -> cupy.RawKernel:
     with turn:
         if key not in _kernels:
             _kernels[key] = _load(kernel, gpu, shared_memory)
+            _compiled.add(kernel)
     return _kernels[key]
+
+
+def known(kernel: Kernel) -> bool:
+    """Whether some device has the kernel in this process."""
+    return kernel in _compiled
 
 
 def _load(kernel: Kernel, gpu: Gpu, shared_memory: int) -> cupy.RawKernel:

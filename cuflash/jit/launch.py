@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,6 +55,24 @@ class Plan:
     def load(self) -> cupy.RawKernel:
         """The compiled kernel on the current device."""
         return compile.load(self.kernel, gpu.current(), self.shared_memory)
+
+
+def load(plans: Sequence[Plan]) -> None:
+    """Have the kernels of a call compiled side by side, on the current device, if any are new."""
+    new = [plan for plan in plans if not compile.known(plan.kernel)]
+    if len(new) < 2:
+        return  # its launch will do it
+    import cupy
+
+    device = cupy.cuda.runtime.getDevice()
+
+    def load_one(plan: Plan) -> None:
+        with cupy.cuda.Device(device):
+            plan.load()
+
+    with ThreadPoolExecutor(len(new)) as pool:
+        for done in [pool.submit(load_one, plan) for plan in new]:
+            done.result()
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def with_engine(us: Contestant, engine: str | None, explain: Callable[[], str]) 
         return us
     with only(engine):
         if ("forward_sm90" in explain()) != (engine == "sm90"):
-            raise RuntimeError(f"the {engine} engine is not for this case on this GPU:\n{explain()}")
+            raise RuntimeError(f"the {engine} engine is not for this case here:\n{explain()}")
     return replace(us, scope=partial(only, engine))
 
 

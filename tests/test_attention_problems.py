@@ -21,7 +21,7 @@ import cuflash
 from cuflash._attention import plan
 
 AWKWARD = [(1, 239), (239, 1), (799, 3), (257, 257), (3, 799)]
-AWKWARD_DIMS = [8, 40, 72, 96, 128, 160, 192, 224, 256, 264, 320, 384, 512]
+AWKWARD_DIMS = [8, 40, 72, 96, 128, 160, 192, 224, 256, 320, 512]
 HALVES = ("float16", "bfloat16")
 MARGIN = 64  # elements on both sides of a guarded output; they keep it aligned
 
@@ -118,7 +118,7 @@ def test_many_keys(xp, dtype):
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (70, 0)}], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_more_query_tiles_than_a_gpu_has_room_for(xp, head_dim, options):
     """Blocks that go through several, with one key tile or more each, and with none."""
     lengths = np.array([0, 1, 100, 299, 300] * 4, np.int32)

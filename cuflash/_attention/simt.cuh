@@ -1,6 +1,6 @@
 // The products on the ordinary FMA units, in T = float or double: for GPUs whose tensor cores cannot do better at full precision.
 //
-// A warp holds 4 * kThreadRows query rows. Lane l works on rows l / 8 + 4 r; its keys are l % 8 + 8 c, its outputs whole 16-byte chunks of its group's columns.
+// A warp holds 4 * kThreadRows query rows. Lane l works on rows l / 8 + 4 r; its keys are l % 8 + 8 c, its outputs whole 16-byte chunks.
 #include "_attention/tile_loop.cuh"
 
 template <typename Number> struct SimtProducts {

@@ -484,7 +484,7 @@ def plan(
     if engine.persistent:
         constants |= {"kQStages": tile.query_stages, "kStaged": staged}
         constants["kWeightsFirst"] = d_v <= WEIGHTS_FIRST and not problem.variant.reworks
-    if problem.variant.blocks_decide:
+    if problem.variant.blocks_decide:  # then a tile has one element of each, and is known exactly
         constants["kWholeBlocks"] = tile.divides(problem.variant.blocks)
     return AttentionPlan(
         kernel=Kernel(

@@ -38,6 +38,9 @@ struct HopperRows : Rows<HopperProducts> {
   static constexpr T kLowest = -3.4028234e38f;  // the reference of rows that have seen nothing, which finite scores exceed by far
   static constexpr bool kLooksAfterwards = kWeightsFirst && kSlack > 0;
   uint32 p[kSteps][4];
+  // With dropout: that of the newest query tile's head, this thread's first row in it, and its first key of the newest key tile.
+  Dropping dropping;
+  int row, key;
 
   // The largest of each row's scores in this thread. In two chains, for one would wait for itself.
   __device__ __forceinline__ void find_highest(T (&highest)[Products::kRows]) const {
@@ -71,7 +74,7 @@ struct HopperRows : Rows<HopperProducts> {
     }
   }
 
-  // The weights of some of the 16-key steps, and their sums.
+  // The weights of some of the 16-key steps, and their sums. What dropout drops has been counted when it becomes 0.
   template <int kFirst, int kCount>
   __device__ __forceinline__ void exponentiate(T scale, T (&weights)[Products::kRows][4 * kCount], T (&sums)[Products::kRows][2]) const {
 #pragma unroll
@@ -81,6 +84,10 @@ struct HopperRows : Rows<HopperProducts> {
         weights[r][c] = exp_2(s[r][4 * kFirst + c] * scale - pair[r].max);
         sums[r][c % 2] += weights[r][c];
       }
+    }
+    if (kDropout) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) dropping.drop(weights[0], weights[1], 4 * k, row, key + 16 * (kFirst + k));
     }
   }
 
@@ -160,7 +167,8 @@ struct HopperRows : Rows<HopperProducts> {
       pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
       const bool empty = pair[r].max == kLowest && pair[r].sum == T(0);  // and no NaN
       const bool has_weights = Rows::has_weights(pair[r].max);
-      const T factor = Variant::kHasSink ? take_sink(pair[r], params.variant.sink(task.coordinates(params, row))) : T(1);
+      T factor = kDropout ? params.dropout.rescale : T(1);
+      if (Variant::kHasSink) factor *= take_sink(pair[r], params.variant.sink(task.coordinates(params, row)));
       if (row < task.keys.rows && params.lse.data != nullptr && Products::key(0) == 0) {
         *task.row_of(params.lse, row) = pair[r].log_sum() * T(kLn2);
       }

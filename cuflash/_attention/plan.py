@@ -270,6 +270,8 @@ def choose(
     engine, why = _engine(problem, gpu, obstacle)
     if problem.variant.steps:
         why = f"{why}; with {problem.variant}"
+    if problem.dropout:
+        why = f"{why}; with dropout"
 
     def planned(tile: Tile) -> AttentionPlan:
         if not engine.persistent:
@@ -277,7 +279,8 @@ def choose(
         fits = shared_memory(engine, problem, tile, staged=True) <= gpu.shared_memory_per_block
         staged = stored_by_tma and BYTES[output] == 2 and fits
         places = tile.blocks * gpu.multiprocessors
-        pack = best_pack(problem, tile, places) if packs else 1
+        # Packed heads' rows alternate, but dropout decides about pairs of rows of one head.
+        pack = best_pack(problem, tile, places) if packs and not problem.dropout else 1
         return plan(problem, output, engine, tile, why, copies, places, staged, pack)
 
     first, *others = _tiles(engine, problem, gpu)
@@ -404,6 +407,7 @@ def plan(
         "kStages": tile.stages,
         "kMinBlocks": tile.blocks,
         engine.rows: tile.queries // tile.warps // engine.rows_at_once,
+        "kDropout": problem.dropout,
     }
     if engine.persistent:
         constants |= {"kQStages": tile.query_stages, "kStaged": staged}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .dropout import Dropout
 from .variants.program import Program, program
 
 PLAIN = program(())
@@ -42,6 +43,7 @@ class Problem:
     precision: str | None  # None, or "tf32" for float32
     return_lse: bool
     variant: Program = PLAIN
+    dropout: bool = False
 
     @property
     def group(self) -> int:
@@ -78,5 +80,6 @@ class Operands:
     kv_lengths: Any = None  # [*batch], any integer dtype, or None
     # Of the slots of Problem.variant: numbers, and arrays of the indexed axes, maybe after [*batch]
     values: tuple[Any, ...] = ()
+    dropout: Dropout | None = None  # where Problem.dropout
     one_head: bool = False  # the caller's arrays are 2-D, without the axis of heads
     given: tuple[Any, Any] = (None, None)  # the outputs that the caller passed, with their axes

@@ -17,10 +17,3 @@ __device__ __forceinline__ Words philox(Words counter, uint64 key) {
   }
   return counter;
 }
-
-// A number in [0, 1) of 53 bits. The counter is (row, offset), 64 bits each, with the number of the draw in the row's
-// upper 16.
-__device__ __forceinline__ double uniform(uint64 seed, uint64 offset, uint64 row, uint32 draw) {
-  const Words words = philox({uint32(row), uint32(row >> 32) | draw << 16, uint32(offset), uint32(offset >> 32)}, seed);
-  return double((uint64(words.at[1]) << 32 | words.at[0]) >> 11) * 0x1p-53;
-}

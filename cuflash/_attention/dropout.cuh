@@ -11,17 +11,22 @@ struct Dropping {
   uint32 threshold;  // of 2^16
   uint32 head, entry;
 
+  // Where the calls for a row and for a key stand, beyond which 8 (4) more is the next block's.
+  static __device__ __forceinline__ uint32 row_place(uint32 row) { return row / 16 * 8 + row % 8; }
+  static __device__ __forceinline__ uint32 key_place(uint32 key) { return key / 16 * 4 + key % 8 / 2; }
+
   // The numbers of a call, two in each word, that of the even key in the lower half.
-  __device__ __forceinline__ Words draw(int row, int key) const {
-    return philox({uint32(row / 16 * 8 + row % 8), uint32(key / 16 * 4 + key % 8 / 2), head, entry}, seed);
+  __device__ __forceinline__ Words draw(uint32 row_place, uint32 key_place) const {
+    return philox({row_place, key_place, head, entry}, seed);
   }
   __device__ __forceinline__ bool stays(uint32 word, bool odd) const {
     return (odd ? word : word << 16) >= threshold << 16;  // what stands below the upper half decides nothing
   }
 
-  // Of a lane's weights in two rows, 8 apart, those from c on, the first of which are `row`'s and `key`'s: what is dropped becomes 0.
-  template <typename T, int N> __device__ __forceinline__ void drop(T (&upper)[N], T (&lower)[N], int c, int row, int key) const {
-    const Words words = draw(row, key);
+  // Of a lane's weights in two rows, 8 apart, those from c on, which are of one call: what is dropped becomes 0.
+  template <typename T, int N>
+  __device__ __forceinline__ void drop(T (&upper)[N], T (&lower)[N], int c, uint32 row_place, uint32 key_place) const {
+    const Words words = draw(row_place, key_place);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (!stays(words.at[i / 2], i % 2)) upper[c + i] = 0;
@@ -30,8 +35,8 @@ struct Dropping {
   }
 
   // One weight by itself, for threads that hold others.
-  __device__ __forceinline__ bool keeps(int row, int key) const {
-    const Words words = draw(row, key);
+  __device__ __forceinline__ bool keeps(uint32 row, uint32 key) const {
+    const Words words = draw(row_place(row), key_place(key));
     const uint32 upper = key & 8 ? words.at[1] : words.at[0], lower = key & 8 ? words.at[3] : words.at[2];
     return stays(row & 8 ? lower : upper, key & 1);
   }

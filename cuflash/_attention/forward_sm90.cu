@@ -60,7 +60,7 @@ struct Multiplier {
       wait_to_be_let_go(group);
       start_scores(turn);
       let_next_go();
-      look_at_rows();
+      look_at_keys();
       look_up(0);
       products_wait<0>();
       have_scores(0);
@@ -122,7 +122,7 @@ struct Multiplier {
       wait_to_be_let_go(group);
       start_scores(turn);
       start_outputs(last, count > 1, [&] { let_next_go(); });
-      look_at_rows();
+      look_at_keys();
       rows.close(params, task, inverse);
       look_up(0);
       products_wait<1>();
@@ -157,12 +157,7 @@ struct Multiplier {
     wait_for_k(turn);
   }
 
-  // What is known of the newest query tile's rows.
-  __device__ __forceinline__ void look_at_rows() {
-    const Task& task = smem.known_task(q_turn);
-    seen = SeenByAll(task.keys);
-    if (kDropout) rows.dropping = task.dropping(params), rows.row = task.row + Products::row(0);
-  }
+  __device__ __forceinline__ void look_at_keys() { seen = SeenByAll(smem.known_task(q_turn).keys); }
 
   __device__ __forceinline__ void let_next_go() const { let_go(group + 1 < kGroups ? group + 1 : 0); }
 
@@ -221,7 +216,7 @@ struct Multiplier {
   __device__ __forceinline__ void have_scores(int i) {
     const int place = place_of(i), key = place & ~1;  // a multiple of kBlockN
     Products::Scores::settle(rows.s);
-    if (kDropout) rows.key = key + Products::key(0);
+    if (kDropout) rows.meet(smem.known_task(q_turn), params, key);
     release_k(turn);
     if (i + 1 == tiles.count) release_q();
     const bool masked = !seen.has_tile(key), turned = !Variant::kHasScore && params.factor != 1;

@@ -86,6 +86,8 @@ class Tile:
         The oldest architecture on which the registers hold it without spilling.
     query_stages : int
         Query tiles in shared memory at a time.
+    drops : bool
+        Whether the registers hold what dropout needs, too.
     """
 
     queries: int
@@ -96,6 +98,7 @@ class Tile:
     columns: int = 256
     since: int = 75
     query_stages: int = 1
+    drops: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ WEIGHTS_FIRST = 128  # columns of V up to which registers hold the scores until 
 _HOPPER = Engine(
     "_attention/forward_sm90.cu",
     (
-        (64, Tile(192, 128, 12, 4, 1, query_stages=2)),
+        (64, Tile(192, 128, 12, 4, 1, query_stages=2, drops=False)),
         (64, Tile(192, 96, 12, 4, 1, query_stages=2)),
         (64, Tile(192, 64, 12, 4, 1, query_stages=2)),
         (128, Tile(128, 128, 8, 2, 1, query_stages=2)),
@@ -161,7 +164,7 @@ _HOPPER = Engine(
         (128, Tile(128, 64, 8, 2, 1, query_stages=2)),
         (192, Tile(128, 96, 8, 2, 1)),
         (192, Tile(128, 64, 8, 2, 1)),
-        (256, Tile(128, 80, 8, 2, 1)),
+        (256, Tile(128, 80, 8, 2, 1, drops=False)),
         (256, Tile(128, 64, 8, 2, 1)),
     ),
     loaders=4,
@@ -175,18 +178,20 @@ _HOPPER = Engine(
 _MMA = Engine(
     "_attention/forward_mma.cu",
     (
-        (64, Tile(128, 128, 4, 2, 2, since=90)),
+        (64, Tile(128, 128, 4, 2, 2, since=90, drops=False)),
         (64, Tile(128, 96, 4, 2, 2)),
         (64, Tile(128, 64, 4, 2, 2)),
         (64, Tile(64, 64, 4, 1, 2)),
         (96, Tile(128, 64, 4, 2, 2)),
-        (128, Tile(128, 64, 4, 2, 2)),
-        (128, Tile(128, 64, 4, 1, 2)),
-        (128, Tile(128, 32, 4, 1, 2)),
-        (128, Tile(128, 32, 4, 1, 1)),
+        (128, Tile(128, 64, 4, 2, 2, drops=False)),
+        (128, Tile(128, 64, 4, 1, 2, drops=False)),
+        (128, Tile(128, 32, 4, 1, 2, drops=False)),
+        (128, Tile(128, 32, 4, 1, 1, drops=False)),
+        (128, Tile(64, 64, 4, 2, 2)),
         (256, Tile(64, 64, 4, 1, 2)),
         (256, Tile(64, 32, 4, 1, 2)),
-        (256, Tile(64, 32, 4, 1, 1)),
+        (256, Tile(64, 32, 4, 1, 1, drops=False)),
+        (256, Tile(64, 16, 4, 1, 1)),
     ),
 )
 _TF32_TILES = (
@@ -340,7 +345,7 @@ def _tiles(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
     widest = max(problem.head_dim, problem.head_dim_v)
     reserved = gpu.shared_memory_per_multiprocessor - gpu.shared_memory_per_block  # of each block's
     for head_dim, tile in engine.tiles:
-        serves = widest <= head_dim and tile.since <= gpu.arch
+        serves = widest <= head_dim and tile.since <= gpu.arch and tile.drops >= problem.dropout
         together = tile.blocks * (shared_memory(engine, problem, tile) + reserved)
         if not serves or together > gpu.shared_memory_per_multiprocessor:
             continue
@@ -411,7 +416,9 @@ def plan(
     }
     if engine.persistent:
         constants |= {"kQStages": tile.query_stages, "kStaged": staged}
-        constants["kWeightsFirst"] = d_v <= WEIGHTS_FIRST and not problem.variant.reworks
+        holds_scores = d_v <= WEIGHTS_FIRST and not problem.variant.reworks
+        # Where O is stored from registers, they hold either the scores or what dropout needs.
+        constants["kWeightsFirst"] = holds_scores and (staged or not problem.dropout)
     return AttentionPlan(
         kernel=Kernel(
             engine.file,

@@ -367,11 +367,11 @@ template <typename Products> struct Rows {
   __device__ __forceinline__ void drop(const Dropping& dropping, int first_row, int first_key) {
     if constexpr (kPairs) {
       static_assert(Products::kRows % 2 == 0 && Products::kScores % 4 == 0, "16 x 16 blocks");
+      const uint32 row_place = Dropping::row_place(first_row + Products::row(0)), key_place = Dropping::key_place(first_key + Products::key(0));
 #pragma unroll
       for (int r = 0; r < Products::kRows; r += 2)
 #pragma unroll
-        for (int c = 0; c < Products::kScores; c += 4)
-          dropping.drop(s[r], s[r + 1], c, first_row + Products::row(r), first_key + Products::key(c));
+        for (int c = 0; c < Products::kScores; c += 4) dropping.drop(s[r], s[r + 1], c, row_place + 4 * r, key_place + c);
     } else {
 #pragma unroll
       for (int r = 0; r < Products::kRows; ++r)

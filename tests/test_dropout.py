@@ -14,7 +14,7 @@ import tolerance
 from calling import attend, host, judge
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DROPOUT_SEEDS, DTYPES, materialise, problems
+from strategies import DROPOUT_SEEDS, DTYPES, Problem, materialise, problems
 from test_attention_problems import packed_whenever_possible
 
 import cuflash
@@ -48,18 +48,20 @@ def test_packing_is_left_out(cp, dtype, data):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_tiles(xp, dtype):
     """Of queries and of keys, for several heads and entries, with keys that come in any order."""
-    problem = dataclasses.replace(
-        _base(dtype), batch=(2, 2), shared=((False,) * 2,) * 3, kv_heads=2, group=2
-    )
     for options in ({}, {"causal": True}, {"window": (90, 30)}):
-        call = materialise(dataclasses.replace(problem, len_q=300, len_k=410, **options))
+        problem = Problem(
+            dtype=dtype,
+            batch=(2,),
+            shared=((False,),) * 3,
+            group=2,
+            len_q=300,
+            len_k=410,
+            dropout=0.2,
+            dropout_seed=5,
+            **options,
+        )
+        call = materialise(problem)
         judge(call).check(*attend(call, xp))
-
-
-def _base(dtype):
-    from strategies import Problem
-
-    return Problem(dtype=dtype, dropout=0.2, dropout_seed=5)
 
 
 # Which weights: with q = 0 all are alike, and v = 1 shows them.
@@ -126,9 +128,8 @@ def test_as_many_are_dropped_as_was_asked(dropout):
         off = np.abs((~kept).mean(axis=axes) - dropout)
         assert (off <= 5 * math.sqrt(dropout * (1 - dropout) / count) + 2**-17).all()
     for axis, step in itertools.product(range(3), (1, 2, 4, 7)):
-        one, other = (
-            np.moveaxis(kept, axis, 0)[part] for part in (slice(step, None), slice(-step))
-        )
+        along = np.moveaxis(kept, axis, 0)
+        one, other = along[step:], along[:-step]
         both, chance = (~one & ~other).mean(), dropout**2
         assert abs(both - chance) <= 5 * math.sqrt(chance * (1 - chance) / one.size) + 2**-16
 

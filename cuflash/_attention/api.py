@@ -148,8 +148,8 @@ def attention(
 
     and lse is that of all weights [4]_. Whether a weight is dropped is a function of `seed` and of
     its place alone, of batch entry, query head, row and key of this call: the same for every dtype,
-    in NumPy and on every GPU. It is not that of other libraries for an equal seed. A NaN or infinity
-    in v reaches a row under a dropped weight, too, as in ``p @ v``.
+    in NumPy and on every GPU. Other libraries drop others for an equal seed. A NaN or infinity in v
+    reaches a row under a dropped weight, too, as in ``p @ v``.
 
     Views are used in place when their last axis is contiguous and, on a GPU, every row begins at
     a multiple of 16 bytes; q, k or v for which this is not so is copied once. The answer is bitwise
@@ -194,6 +194,12 @@ def attention(
     >>> x = np.ones((2, 5, 4, 16), np.float32)
     >>> cuflash.attention(*[x.swapaxes(-2, -3)] * 3).shape
     (2, 4, 5, 16)
+
+    Half of the weights, those of seed 7:
+
+    >>> halved = cuflash.attention(q, k, v, dropout=0.5, seed=7)
+    >>> np.array_equal(halved, cuflash.attention(q, k, v, dropout=0.5, seed=7))
+    True
     """
     options: tuple[Any, ...] = (
         *(scale, causal, window, q_start, kv_lengths, precision, return_lse, softcap),
@@ -271,6 +277,9 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any], *, out: Any = None
     -----
     ``lse = log(sum(exp(lse_i)))`` and ``out = sum(exp(lse_i - lse) * out_i)``, summed in float32
     (float64 for float64) in the order given.
+
+    Dropout counts rows and keys from the first of each call: parts of one attention need seeds of
+    their own, and together they drop other weights than one call would.
 
     Examples
     --------

@@ -36,6 +36,7 @@ cuflash.logsumexp(q, -1, None, False, True)
 
 near: cuflash.Variant = cuflash.Variant(mask="abs(i - j) < width")(width=3)
 blocks: cuflash.Variant = cuflash.BlockMask(q, (64, 128)) & near
+cuflash.attention(q, q, q, dropout=0.1, seed=7)
 cuflash.attention(q, q, q, softcap=30.0, alibi=q, bias=q, mask=q, sinks=q, variant=blocks)
 
 text: str = cuflash.explain(cuflash.attention, q, q, q, causal=True)
@@ -45,6 +46,8 @@ cuflash.show_config()
 cuflash.attention(q, q)  # type: ignore[call-arg]
 cuflash.attention(q, q, q, 0.5)  # type: ignore[call-arg]
 cuflash.attention(q, q, q, attn_mask=q)  # type: ignore[call-arg]
+cuflash.attention(q, q, q, dropout="0.1", seed=7)  # type: ignore[arg-type]
+cuflash.attention(q, q, q, dropout=0.1, seed=0.5)  # type: ignore[arg-type]
 cuflash.attention(q, q, q, softcap="30")  # type: ignore[arg-type]
 cuflash.attention(q, q, q, variant="j <= i")  # type: ignore[arg-type]
 cuflash.Variant(score=1)  # type: ignore[arg-type]

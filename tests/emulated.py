@@ -174,6 +174,9 @@ template <int kBits, typename... Word> void load(const void* from, int exists, W
   const char* next = static_cast<const char*>(from);
   ((to = 0, exists ? memcpy(&to, next, kBits / 8) : nullptr, next += kBits / 8), ...);
 }
+void multiply(unsigned a, unsigned b, unsigned long long& product) {
+  product = static_cast<unsigned long long>(a) * b;
+}
 void widen(unsigned short bits, float& to) {
   const int exponent = bits >> 10 & 31, rest = bits & 1023;
   to = exponent ? ldexpf(1024 + rest, exponent - 25) : ldexpf(rest, -24);
@@ -289,13 +292,19 @@ def _called(statement: re.Match) -> str:
         return f"ptx::load<{loaded[1]}>({arguments});"
     if '"cvt.f32.f16 %0, %1;"' in instruction:
         return f"ptx::widen({arguments});"
+    if '"mul.wide.u32 %0, %1, %2;"' in instruction:
+        return f"ptx::multiply({arguments});"
     return "abort();"
+
+
+def header(path: str) -> str:
+    """A header of ours, with all that it includes, for g++."""
+    return _CUDA + _ASM.sub(_called, source.text(source.Kernel(path, entry="")))
 
 
 def text(programs: Sequence[Program]) -> str:
     """One C++ program for all of them, in float32 and in float64."""
-    headers = source.text(source.Kernel("device/interval.cuh", entry=""))
-    parts = [_CUDA, _ASM.sub(_called, headers), _DRIVER]
+    parts = [header("device/interval.cuh"), _DRIVER]
     for name, dtype in (("Row", ROW), ("interval::Area", AREA)):
         parts.append(f'static_assert(sizeof({name}) == {dtype.itemsize}, "as in Python");')
     for index, program in enumerate(programs):
@@ -307,24 +316,21 @@ def text(programs: Sequence[Program]) -> str:
     return "\n".join(parts)
 
 
+def compiled(code: str, folder: Path) -> ctypes.CDLL:
+    """A C++ program, compiled in this folder."""
+    (folder / "emulated.cpp").write_text(code)
+    flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fmax-errors=3", "-ffp-contract=off"]
+    command = ["g++", *flags, "-o", "emulated.so", "emulated.cpp"]
+    subprocess.run(command, cwd=folder, check=True)
+    return ctypes.CDLL(str(folder / "emulated.so"))
+
+
 class Emulated:
     """Programs, compiled; `values` are those of a program's slots, in NumPy."""
 
     def __init__(self, programs: Sequence[Program], folder: Path) -> None:
         self.programs = programs
-        (folder / "variants.cpp").write_text(text(programs))
-        flags = [
-            "-std=c++17",
-            "-O1",
-            "-w",
-            "-fPIC",
-            "-shared",
-            "-fmax-errors=3",
-            "-ffp-contract=off",
-        ]
-        command = ["g++", *flags, "-o", "variants.so", "variants.cpp"]
-        subprocess.run(command, cwd=folder, check=True)
-        self.library = ctypes.CDLL(str(folder / "variants.so"))
+        self.library = compiled(text(programs), folder)
 
     def evaluate(
         self, index: int, number: str, values: Sequence[Any], rows: np.ndarray, scores: np.ndarray
@@ -338,7 +344,7 @@ class Emulated:
         variant = self.filled(index, number, values)
         arrays = np.array([address(each) for each in (rows, scores, out, seen, sinks)], np.uint64)
         function = self.library[f"evaluate_{number}_{index}"]
-        function(_pointer(variant), len(rows), _pointer(arrays))
+        function(pointer(variant), len(rows), pointer(arrays))
         return out, seen, sinks
 
     def visible(
@@ -347,7 +353,7 @@ class Emulated:
         """Whether an area may have a hidden place, and whether it may have one that is seen."""
         assert area.dtype == AREA
         variant = self.filled(index, number, values)
-        found = self.library[f"visible_{number}_{index}"](_pointer(variant), _pointer(area))
+        found = self.library[f"visible_{number}_{index}"](pointer(variant), pointer(area))
         return bool(found & 1), bool(found & 2)
 
     def reads(self) -> int:
@@ -372,6 +378,6 @@ class Emulated:
         return filled
 
 
-def _pointer(array: np.ndarray) -> ctypes.c_void_p:
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
     assert array.flags.c_contiguous
     return ctypes.c_void_p(address(array))

@@ -49,7 +49,18 @@ class Variants(NamedTuple):
 
 
 def attention(
-    q, k, v, *, scale=None, causal=False, window=None, q_start=None, kv_lengths=None, **others
+    q,
+    k,
+    v,
+    *,
+    scale=None,
+    causal=False,
+    window=None,
+    q_start=None,
+    kv_lengths=None,
+    dropout=None,
+    seed=None,
+    **others,
 ) -> Answer:
     """softmax(scale q k^T) v over the allowed keys, varied by `others`: the fields of Variants.
 
@@ -76,15 +87,17 @@ def attention(
         p /= np.where(total == 0, 1, total)
         # A row of v that no query may see is not there, whatever stands in it.
         values = np.where(allowed.any(axis=-2)[..., None], values, 0)
-        out = p @ values
+        kept, keeping = kept_weights(at, dropout, seed)
+        out = np.where(kept, p, 0) @ values / keeping
         # The rest is about rounding errors and need not be exact. An error of e in the score of
         # key j changes lse by p e and out by p e (v_j - out).
         values, p = (np.abs(x).astype(np.float64) for x in (values, p))
-        mass = p @ values
+        mass = np.where(kept, p, 0) @ values / keeping
         p *= np.where(allowed & np.isfinite(scores), size, 0).astype(np.float64)
         of_sink = np.where(np.isfinite(sink), of_sink / total * np.abs(sink), 0)
         lse_doubt = p.sum(axis=-1) + of_sink[..., 0].astype(np.float64)
-        out_doubt = p @ values + lse_doubt[..., None] * np.abs(out).astype(np.float64)
+        out_doubt = np.where(kept, p, 0) @ values / keeping
+        out_doubt = out_doubt + lse_doubt[..., None] * np.abs(out).astype(np.float64)
     shape = out.shape if q.ndim > 2 else out.shape[1:]
     return Answer(
         out=out.reshape(shape),
@@ -107,6 +120,8 @@ def baselines(
     q_start=None,
     kv_lengths=None,
     precision=None,
+    dropout=None,
+    seed=None,
     **others,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Plain evaluations, (out, lse) each, with scores and sums in float32.
@@ -125,6 +140,8 @@ def baselines(
     allowed = visible_keys(allowed_keys(*arrays, causal, window, at), variants, at)
     sink = sinks(variants, wide)
     attended = allowed.any(axis=-2)[..., None]
+    kept, keeping = kept_weights(at, dropout, seed)
+    keeping = wide(keeping)
     scale = wide(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     found = []
     one_by_one = [(True, True)] if q.dtype.itemsize > 2 and precision is None else []
@@ -150,9 +167,9 @@ def baselines(
             total = np.where(total == 0, 1, total)
             values = np.where(attended, values, 0)
             if folded:
-                out = matmul(narrow(p), values) / total
+                out = matmul(narrow(np.where(kept, p, 0)), values) / total / keeping
             else:
-                out = matmul(narrow(p / total), values)
+                out = matmul(narrow(np.where(kept, p / total, 0)), values) / keeping
         assert out.dtype == lse.dtype == wide
         shape = out.shape if q.ndim > 2 else out.shape[1:]
         found.append((out.reshape(shape), lse.reshape(shape[:-1])))
@@ -204,6 +221,45 @@ def allowed_keys(q, k, v, causal, window, at) -> np.ndarray:
         allowed = allowed & (j <= i + right)
     batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     return np.broadcast_to(allowed, (*batch, 1, len_q, len_k))
+
+
+def kept_weights(at, dropout, seed) -> tuple[np.ndarray, float]:
+    """Which weights dropout keeps, [*batch, heads, len_q, len_k], and the probability of that."""
+    if not dropout:
+        return np.True_, 1.0
+    threshold = min(max(round(dropout * 65536), 1), 65535)
+    return dropout_numbers(at["b"], at["h"], at["row"], at["j"], seed) >= threshold, (
+        1 - threshold / 65536
+    )
+
+
+def dropout_numbers(b, h, row, j, seed) -> np.ndarray:
+    """The number, below 65536, that decides about the weight of each place, one place by one."""
+    words = philox_4x32(*dropout_call(b, h, row, j), seed)
+    word = np.choose(row // 8 % 2 * 2 + j // 8 % 2, words)
+    return (word >> (j % 2 * 16).astype(np.uint64)) & np.uint64(0xFFFF)
+
+
+def dropout_call(b, h, row, j) -> tuple[np.ndarray, ...]:
+    """The counter of the call that makes the number of each place, and seven others."""
+    return row // 16 * 8 + row % 8, j // 16 * 4 + j % 8 // 2, h, b
+
+
+def philox_4x32(a, b, c, d, seed) -> list[np.ndarray]:
+    """Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011: ten rounds."""
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    a, b, c, d = (np.asarray(x).astype(np.uint64) for x in np.broadcast_arrays(a, b, c, d))
+    keys = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        of_a, of_c = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        a, b, c, d = (
+            of_c >> half ^ b ^ np.uint64(keys[0]),
+            of_c & mask,
+            of_a >> half ^ d ^ np.uint64(keys[1]),
+            of_a & mask,
+        )
+        keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
+    return [a, b, c, d]
 
 
 def visible_keys(allowed: np.ndarray, variants: Variants, at) -> np.ndarray:

@@ -90,6 +90,8 @@ SPEC_VALUES = {
     "mask": ("random", "sparse", "rows", "tiles", "all", "nothing"),
     "sinks": ("normal", "large", "holes"),
 }
+DROPOUTS = (0.5, 0.1, 0.25, 1e-9, 0.9, 0.999999)
+DROPOUT_SEEDS = (0, 1, 2**32 - 1, 2**32, 0xA4093822299F31D0, 2**64 - 1)
 SOFTCAPS = (0.5, 1.0, 8.0, 50.0)
 TILE_OF_KEYS = 64  # that a mask shows or hides as a whole
 
@@ -140,6 +142,8 @@ class Problem:
     bias: Spec | None = None
     mask: Spec | None = None
     sinks: Spec | None = None
+    dropout: float | None = None
+    dropout_seed: int = 0
 
     @property
     def heads(self) -> int:
@@ -202,6 +206,8 @@ def materialise(problem: Problem) -> Call:
             options[name] = option
     if p.softcap is not None:
         options["softcap"] = p.softcap
+    if p.dropout is not None:
+        options["dropout"], options["seed"] = p.dropout, p.dropout_seed
     heads = q.shape[-3] if q.ndim > 2 else 1
     lie = {}
     for name, axes in (("alibi", 1), ("bias", 3), ("mask", 3), ("sinks", 1)):
@@ -343,11 +349,11 @@ def nan_filled(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 @st.composite
-def problems(draw: st.DrawFn, variants: bool = False, **fixed: Any) -> Problem:
+def problems(draw: st.DrawFn, variants: bool = False, drops: bool = False, **fixed: Any) -> Problem:
     """Problems of every kind; `fixed` fields are taken as given.
 
     With `variants` there are soft caps, biases and the like too, and few head dims: each choice of
-    variants has kernels of its own.
+    variants has kernels of its own. With `drops` there is dropout.
     """
 
     def pick(name: str, strategy: st.SearchStrategy) -> Any:
@@ -394,6 +400,8 @@ def problems(draw: st.DrawFn, variants: bool = False, **fixed: Any) -> Problem:
             name: pick(name, st.none() | strategy) if variants or name in fixed else None
             for name, strategy in variations(dtype).items()
         },
+        dropout=pick("dropout", st.sampled_from(DROPOUTS)) if drops else None,
+        dropout_seed=draw(st.sampled_from(DROPOUT_SEEDS)) if drops else 0,
     )
 
 

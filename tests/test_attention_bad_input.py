@@ -383,3 +383,30 @@ def test_merged_out(xp):
     rejects(TypeError, "out[1]", "float32", **arguments, out=(None, xp.ones(LSE, "float64")))
     with pytest.raises(ValueError, match=r"`out` .*pair"):
         cuflash.merge_attention(arguments["outs"], arguments["lses"], out=(None,))
+
+
+# Dropout.
+
+
+@pytest.mark.parametrize("dropout", [True, "0.1", [0.1], np.zeros(()), 1j])
+def test_dropout_is_a_number(xp, dropout):
+    rejects(TypeError, "dropout", repr(dropout), "real number", **good(xp, dropout=dropout, seed=0))
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1, 1.0, 1.5, np.nan, np.inf])
+def test_dropout_is_a_probability_below_one(xp, dropout):
+    arguments = good(xp, dropout=dropout, seed=0)
+    rejects(ValueError, "dropout", repr(dropout), "at least 0 and below 1", **arguments)
+
+
+def test_dropout_needs_a_seed(xp):
+    rejects(TypeError, "seed", "`dropout` needs", None, **good(xp, dropout=0.1))
+
+
+@pytest.mark.parametrize("dropout", [None, 0, 0.1])
+def test_bad_seeds(xp, dropout):
+    for seed in (1.0, True, "1", np.float64(1)):
+        rejects(TypeError, "seed", "an int", repr(seed), **good(xp, dropout=dropout, seed=seed))
+    for seed in (-1, 2**64):
+        arguments = good(xp, dropout=dropout, seed=seed)
+        rejects(ValueError, "seed", 2**64 - 1, repr(seed), **arguments)

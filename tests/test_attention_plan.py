@@ -285,6 +285,7 @@ def test_heads_that_share_keys_are_packed(
     chosen = plan.choose(asked, hopper, "float16")
     assert (chosen.pack, chosen.grid[0]) == (pack, tiles)
     assert plan.choose(asked, hopper, "float16", packs=False).pack == 1
+    assert plan.choose(dataclasses.replace(asked, dropout=True), hopper, "float16").pack == 1
     long = dataclasses.replace(asked, len_q=plan.FEW_QUERIES + 1)
     assert plan.choose(long, hopper, "float16").pack == 1
 

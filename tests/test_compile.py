@@ -35,7 +35,13 @@ def nvrtc() -> None:
     pytest.importorskip("cupy", reason="needs CuPy and NVRTC, but no GPU")
 
 
-def problem(dtype: str, head_dim: int, head_dim_v: int, precision: str | None = None) -> Problem:
+def problem(
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    precision: str | None = None,
+    dropout: bool = False,
+) -> Problem:
     """A problem of ordinary size."""
     lengths = {"batch": (2,), "heads": 4, "kv_heads": 2, "len_q": 512, "len_k": 512}
     window = {"left": None, "right": 0, "q_start": None}
@@ -47,6 +53,7 @@ def problem(dtype: str, head_dim: int, head_dim_v: int, precision: str | None = 
         scale=0.125,
         precision=precision,
         return_lse=True,
+        dropout=dropout,
         **lengths,
         **window,
         **arrays,
@@ -63,14 +70,19 @@ KINDS = {
     "bfloat16 to float32": ("bfloat16", "float32", None, EQUAL),
     "tf32": ("float32", "float32", "tf32", EQUAL),
 }
+DROPPED = " with dropout"
+KINDS |= {f"{kind}{DROPPED}": (*KINDS[kind][:3], EQUAL) for kind in list(KINDS)}
 
 
 def attention_plans(arch: int, kind: str) -> list[Plan]:
     """The plans of all pairs of head dims, one of each kernel, and of merging their results."""
     dtype, output, precision, head_dims = KINDS[kind]
-    plans = [attention_plan.merge(dtype, output, (2, 4, 512, 64))] if precision is None else []
+    dropout = kind.endswith(DROPPED)
+    plans: list[Plan] = []
+    if precision is None and not dropout:
+        plans.append(attention_plan.merge(dtype, output, (2, 4, 512, 64)))
     for d, d_v in head_dims:
-        asked, model = problem(dtype, d, d_v, precision), gpu.of_arch(arch)
+        asked, model = problem(dtype, d, d_v, precision, dropout), gpu.of_arch(arch)
         plans.append(attention_plan.choose(asked, model, output))
         if arch == 90:
             plans.append(attention_plan.choose(asked, model, output, stored_by_tma=False))

@@ -59,9 +59,17 @@ class Machine:
         return [*self.launches, *((x.shape, x.strides, x.dtype, x.data.ptr) for x in answers)]
 
 
+def attention_gpu() -> Any:
+    from cuflash._attention import gpu as host
+
+    return host
+
+
 def size_of_params(plan: Plan) -> int:
     from cuflash._softmax.selection import sample_gpu, topk_gpu
 
+    if plan.kernel.file.startswith("_attention/"):
+        return attention_gpu().params_dtype("float32").itemsize
     accumulator = "float64" if ("Element", "float64") in plan.kernel.constants else "float32"
     name = plan.kernel.file.removeprefix("_softmax/").removeprefix("selection/")
     if name.startswith("loss_backward"):
@@ -173,6 +181,37 @@ def test_seeds_and_offsets_come_anew(machine: Machine) -> None:
             cuflash.sample(x, seed=refused)
     with pytest.raises(TypeError, match="`seed` must be an int"):
         cuflash.sample(x, seed=True)
+
+
+def test_seeds_of_dropout_come_anew(machine: Machine) -> None:
+    """With one kernel, which takes the threshold as a number, too."""
+    q = machine.array((4, 100, 64))
+    kernels = set()
+    for dropout in (0.1, 0.5):
+        for seed in (0, 1, 2**64 - 1):
+            call = functools.partial(cuflash.attention, dropout=dropout, seed=seed)
+            launched, _ = machine.run(call, q, q, q)
+            given = np.frombuffer(launched[-1], attention_gpu().params_dtype("float32"))[0]
+            assert given["dropout"]["seed"] == seed
+            assert given["dropout"]["threshold"] == round(dropout * 65536)
+            kernels.add(launched[0])
+    assert len(kernels) == 1
+    assert len(repeat._known) == 2
+    with pytest.raises(ValueError, match="`seed` must be from 0"):
+        cuflash.attention(q, q, q, dropout=0.1, seed=2**64)
+    with pytest.raises(TypeError, match="`seed` must be an int"):
+        cuflash.attention(q, q, q, dropout=0.1)
+    with pytest.raises(TypeError, match="`seed` must be an int"):
+        cuflash.attention(q, q, q, seed=True)
+
+
+def test_without_dropout_a_seed_changes_nothing(machine: Machine) -> None:
+    q = machine.array((4, 100, 64))
+    plain = machine.run(cuflash.attention, q, q, q)[0]
+    for dropout in (None, 0, 0.0):
+        for _ in range(2):
+            call = functools.partial(cuflash.attention, dropout=dropout, seed=3)
+            assert machine.run(call, q, q, q)[0][0] == plain[0]
 
 
 def test_what_decides_about_a_call_is_in_its_key(machine: Machine, monkeypatch: Any) -> None:

@@ -48,6 +48,8 @@ def attention(
     mask: Any = None,
     sinks: Any = None,
     variant: Variant | None = None,
+    dropout: float | None = None,
+    seed: int | None = None,
     precision: str | None = None,
     return_lse: bool = False,
     out: Any = None,
@@ -99,6 +101,13 @@ def attention(
     variant : Variant, optional
         Scores and masks of your own. Scores are scaled, capped, biased by `alibi` and then by
         `bias`, and go to the variant; what a mask or a bound hides is -inf after that.
+    dropout : float, optional
+        The probability, from 0 to less than 1, with which each weight of ``softmax(scores)`` is
+        dropped on its way to `v` [3]_. It is rounded to a multiple of 1/65536, but not to 0 or 1;
+        the weights that stay are divided by the probability to stay. 0 and None drop nothing.
+    seed : int, optional
+        From 0 to 2**64 - 1, for `dropout`, which needs it: equal seeds drop the same weights.
+        Without dropout it changes nothing.
     precision : {None, "tf32"}
         "tf32" allows float32 products on the tensor cores in TF32, which keeps 10 bits; it
         changes nothing in NumPy.
@@ -133,6 +142,16 @@ def attention(
     NaN or infinity in a row of v that some query sees, or that only `mask` or `variant` hide, may
     reach other queries, as in ``p @ v``.
 
+    With dropout of probability p and independent numbers u in [0, 1), one for each weight,
+
+    .. math:: o_i = \frac{1}{1 - p} \sum_j [u_{ij} \ge p] \,
+        \mathrm{softmax}(s_i)_j \, v_j ,
+
+    and lse is that of all weights [4]_. Whether a weight is dropped is a function of `seed` and of
+    its place alone, of batch entry, query head, row and key of this call: the same for every dtype,
+    in NumPy and on every GPU. Other libraries drop others for an equal seed. A NaN or infinity in v
+    reaches a row under a dropped weight, too, as in ``p @ v``.
+
     Views are used in place when their last axis is contiguous and, on a GPU, every row begins at
     a multiple of 16 bytes; q, k or v for which this is not so is copied once. The answer is bitwise
     the same every run.
@@ -145,6 +164,10 @@ def attention(
        Partitioning", 2023, arXiv:2307.08691.
     .. [2] O. Press, N. Smith, M. Lewis, "Train Short, Test Long: Attention with Linear Biases
        Enables Input Length Extrapolation", 2022, arXiv:2108.12409.
+    .. [3] N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever, R. Salakhutdinov, "Dropout: A
+       Simple Way to Prevent Neural Networks from Overfitting", JMLR 15, 2014.
+    .. [4] T. Dao, D. Y. Fu, S. Ermon, A. Rudra, C. Re, "FlashAttention: Fast and Memory-Efficient
+       Exact Attention with IO-Awareness", 2022, arXiv:2205.14135: Algorithm 2, in appendix B.
 
     Examples
     --------
@@ -172,12 +195,25 @@ def attention(
     >>> x = np.ones((2, 5, 4, 16), np.float32)
     >>> cuflash.attention(*[x.swapaxes(-2, -3)] * 3).shape
     (2, 4, 5, 16)
+
+    Half of the weights, those of seed 7:
+
+    >>> halved = cuflash.attention(q, k, v, dropout=0.5, seed=7)
+    >>> np.array_equal(halved, cuflash.attention(q, k, v, dropout=0.5, seed=7))
+    True
     """
-    options = (scale, causal, window, q_start, kv_lengths, precision, return_lse, softcap)
+    dropped = None if dropout is None and seed is None else check.dropout(dropout, seed)
+    numbers = {} if dropped is None else {"seed": dropped.seed}
+    options: tuple[Any, ...] = (
+        *(scale, causal, window, q_start, kv_lengths, precision, return_lse, softcap),
+        *(dropout, dropped is not None),
+    )
     inputs: tuple[Any, ...] = (q, k, v)
     if not (alibi is bias is mask is sinks is variant is None):
         inputs, options = with_variants(inputs, options, (alibi, bias, mask, sinks), variant)
-    key, answers = repeat.again("attention", inputs, options) if out is None else (None, None)
+    key, answers = None, None
+    if out is None:
+        key, answers = repeat.again("attention", inputs, options, (*numbers.values(),))
     if answers is not None:
         return AttentionResult(*answers) if return_lse else answers[0]
     caller, problem, operands = prepare(
@@ -195,21 +231,28 @@ def attention(
         mask=mask,
         sinks=sinks,
         variant=variant,
+        dropout=dropout,
+        seed=seed,
         precision=precision,
         return_lse=return_lse,
         out=out,
     )
-    return computed(caller, problem, operands, key, inputs)
+    return computed(caller, problem, operands, key, inputs, numbers)
 
 
 def computed(
-    caller: arrays.Caller, problem: Problem, operands: Operands, key: Any, inputs: Sequence[Any]
+    caller: arrays.Caller,
+    problem: Problem,
+    operands: Operands,
+    key: Any,
+    inputs: Sequence[Any],
+    numbers: dict[str, int],
 ) -> Any:
     """Do what was prepared, remember it under `key`, and return what the caller gets."""
     with caller, Recording() as made:
         result, lse = allocate(caller, problem, operands)
         _backend(caller).forward(problem, operands)
-    repeat.remember(key, made, inputs, (result,) if lse is None else (result, lse))
+    repeat.remember(key, made, inputs, (result,) if lse is None else (result, lse), numbers)
     if not problem.return_lse:
         return caller.give(result)
     return AttentionResult(caller.give(result), caller.give(lse))
@@ -248,6 +291,9 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any], *, out: Any = None
     -----
     ``lse = log(sum(exp(lse_i)))`` and ``out = sum(exp(lse_i - lse) * out_i)``, summed in float32
     (float64 for float64) in the order given.
+
+    Dropout counts rows and keys from the first of each call: parts of one attention need seeds of
+    their own, and together they drop other weights than one call would.
 
     Examples
     --------
@@ -288,6 +334,8 @@ def prepare(
     mask: Any = None,
     sinks: Any = None,
     variant: Variant | None = None,
+    dropout: float | None = None,
+    seed: int | None = None,
     precision: str | None = None,
     return_lse: bool = False,
     out: Any = None,
@@ -296,6 +344,7 @@ def prepare(
     causal, return_lse = check.flag("causal", causal), check.flag("return_lse", return_lse)
     left, right = check.window_sides(window)
     asked = bind.asked(softcap, variant, alibi=alibi, bias=bias, mask=mask, sinks=sinks)
+    dropped = check.dropout(dropout, seed)
     start, starts = check.int_or_array("q_start", q_start)
     length, lengths = check.int_or_array("kv_lengths", kv_lengths)
     outputs = check.named_outputs(out, both=return_lse)
@@ -313,6 +362,7 @@ def prepare(
     )
     dtype = check.common_dtype(native, ("q", "k", "v"))
     operands = check.inputs(native)
+    operands.dropout = dropped
     check.integers(caller, operands, start, length)
     program, operands.values = bind.bind(asked, native, operands, dtype, start, length)
     if length is not None:
@@ -370,6 +420,7 @@ def described(
         return_lse=return_lse,
         variant=variant,
         varlen=operands.q_offsets is not None,
+        dropout=operands.dropout is not None,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import arrays
+from .dropout import STEPS, Dropout
 from .problem import Operands, sum_dtype
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -49,6 +50,23 @@ def precision(value: Any, dtype: str) -> str | None:
             f'`precision` must be None for {dtype} inputs, not "tf32": it is float32\'s'
         )
     return value
+
+
+def dropout(value: Any, seed: Any) -> Dropout | None:
+    """Return what is dropped, None where nothing is."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, type(None))):
+        raise TypeError(f"`dropout` must be a real number or None, not {value!r}")
+    if value is not None and not 0 <= float(value) < 1:
+        raise ValueError(f"`dropout` must be at least 0 and below 1, not {value!r}")
+    if seed is None and not value:
+        return None
+    if not is_int(seed):
+        raise TypeError(f"`seed` must be an int, which `dropout` needs, not {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"`seed` must be from 0 to {2**64 - 1}, not {seed!r}")
+    if not value:
+        return None
+    return Dropout(min(max(round(float(value) * STEPS), 1), STEPS - 1), int(seed))
 
 
 def window_sides(window: Any) -> tuple[int | None, int | None]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .dropout import Dropout
 from .problem import BlockProblem, Operands, Problem, sum_dtype
 
 TILE_Q = 128
@@ -58,14 +59,21 @@ class Rows:
         self.d = np.zeros(shape, dtype)
         self.o = np.zeros((*shape, head_dim_v), dtype)
 
-    def update(self, s: np.ndarray, v: np.ndarray, dtype_p: np.dtype) -> None:
-        """Take in the scores s [..., rows, keys] and the values v [..., keys, head_dim_v]."""
+    def update(
+        self, s: np.ndarray, v: np.ndarray, dtype_p: np.dtype, kept: np.ndarray | None = None
+    ) -> None:
+        """Take in the scores s [..., rows, keys] and the values v [..., keys, head_dim_v].
+
+        The sums count all weights; v meets only those that are kept.
+        """
         m = np.maximum(self.m, s.max(axis=-1))
         # A row that has seen nothing keeps m = -inf; -inf - -inf would be NaN, so it subtracts 0.
         base = np.where(m == -np.inf, 0, m)
         p = np.exp(s - base[..., None])
         alpha = np.exp(self.m - base)
         self.d = self.d * alpha + p.sum(axis=-1)
+        if kept is not None:
+            p = np.where(kept, p, 0)
         self.o *= alpha[..., None]
         self.o += p.astype(dtype_p, copy=False).astype(self.o.dtype, copy=False) @ v
         self.m = m
@@ -79,11 +87,11 @@ class Rows:
         self.o *= alpha[..., None]
         self.m = m
 
-    def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return out = o / d and lse = m + log d; a row that saw nothing ends with 0 and -inf."""
+    def finish(self, rescale: float = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Return out = rescale o / d and lse = m + log d; a row that saw nothing ends 0, -inf."""
         seen = self.d != 0
         out = np.divide(self.o, self.d[..., None], out=np.zeros_like(self.o), where=seen[..., None])
-        return out, self.m + np.log(self.d)
+        return out * self.o.dtype.type(rescale), self.m + np.log(self.d)
 
 
 class Variation:
@@ -133,6 +141,7 @@ def forward(
                     entry,
                     sight,
                     variation,
+                    operands.dropout,
                     np.arange(entry.heads)[heads],
                     q[heads],
                     k[kv_heads],
@@ -188,6 +197,7 @@ def _forward_heads(
     problem: Problem,
     sight: Sight,
     variation: Variation,
+    dropout: Dropout | None,
     heads: np.ndarray,  # the query heads' numbers
     q: np.ndarray,  # [heads, len_q, head_dim]
     k: np.ndarray,  # [kv_heads, len_k, head_dim]
@@ -211,6 +221,7 @@ def _forward_heads(
         q_tile = q_tile.reshape(kv_heads, group, rows.size, problem.head_dim)
         state = Rows(q_tile.shape[:-1], problem.head_dim_v, exact)
         places = variation.rows(heads.reshape(kv_heads, group, 1, 1), sight, rows)
+        kept = None
 
         # Between the first row's first key and the last row's last one, each key is seen by some
         # row: nothing else is ever read, so what lies there (NaN, perhaps) cannot leak through V.
@@ -223,11 +234,13 @@ def _forward_heads(
                 s = variation.scores(s, places, keys)
             if not sight.all_of(rows, keys):
                 np.copyto(s, -np.inf, where=~sight.mask(rows, keys))
-            state.update(s, v[:, :, keys[0] : keys[-1] + 1], q.dtype)
+            if dropout is not None:
+                kept = dropout.kept(places["b"], heads.reshape(kv_heads, group), rows, keys)
+            state.update(s, v[:, :, keys[0] : keys[-1] + 1], q.dtype, kept)
 
         if problem.variant.has_sink:
             state.take_sink(variation.sink(places))
-        out_tile, lse_tile = state.finish()
+        out_tile, lse_tile = state.finish(1 if dropout is None else dropout.rescale)
         out[:, tile] = out_tile.reshape(out[:, tile].shape)
         if lse is not None:
             lse[:, tile] = lse_tile.reshape(lse[:, tile].shape)

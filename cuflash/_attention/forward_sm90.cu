@@ -216,6 +216,7 @@ struct Multiplier {
   __device__ __forceinline__ void have_scores(int i) {
     const int place = place_of(i), key = place & ~1;  // a multiple of kBlockN
     Products::Scores::settle(rows.s);
+    if (kDropout) rows.meet(smem.known_task(q_turn), params, key);
     release_k(turn);
     if (i + 1 == tiles.count) release_q();
     const bool masked = !seen.has_tile(key), turned = !Variant::kHasScore && params.factor != 1;

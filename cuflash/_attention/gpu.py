@@ -32,6 +32,7 @@ _TILE_BITS = np.dtype(
         *[("words", "i4"), ("tasks", "i4")],
     ]
 )
+_DROPOUT = [("seed", "u8"), ("entries", "i8", BATCH_AXES), ("first", "i8")]
 _COUNTER_BYTES = 16  # of a workspace of tile bits, or of sequences, in front
 _SEQUENCE_BYTES = 24
 _SEQUENCES = np.dtype(
@@ -58,7 +59,9 @@ def params_dtype(accumulator: str, variant: Program = PLAIN) -> np.dtype:
     sized = [(name, "i4") for name in sizes]
     fields = [*arrays_, *per_batch, *integers, *factors, *divisors, *sized]
     own = ("variant", variant_dtype(accumulator, variant))
-    return np.dtype([*fields, own, ("bits", _TILE_BITS), ("sequences", _SEQUENCES)], align=True)
+    dropout = np.dtype([*_DROPOUT, ("rescale", accumulator), ("threshold", "u4")], align=True)
+    last = [("bits", _TILE_BITS), ("sequences", _SEQUENCES), ("dropout", dropout)]
+    return np.dtype([*fields, own, *last], align=True)
 
 
 def variant_dtype(accumulator: str, variant: Program) -> np.dtype:
@@ -376,7 +379,7 @@ def collapse(
         name: [stride // array.itemsize for stride in array.strides[: len(batch)]]
         for name, array in present.items()
     }
-    if variant.names_entries:
+    if variant.names_entries or operands.dropout:
         walks["b"] = [math.prod(batch[axis + 1 :]) for axis in range(len(batch))]
     sizes, folded = fold(batch, list(walks.values()), range(len(batch)))
     missing = BATCH_AXES - len(sizes)
@@ -423,6 +426,11 @@ def params(
     most = float(np.finfo(filled["scale"].dtype).max)
     filled["scale"] = min(max(problem.scale, -most), most)
     fill_variant(filled["variant"], problem.variant, operands.values, strides, index)
+    if operands.dropout is not None:
+        field = filled["dropout"]
+        field["seed"], field["threshold"] = operands.dropout.seed, operands.dropout.threshold
+        field["rescale"] = operands.dropout.rescale
+        field["entries"], field["first"] = entries(strides, index)
     by_head = shared_by_entries(problem.variant, operands, strides)
     pack, sweep = chosen.pack, plan.sweep(problem, gpus.current(), chosen, by_head)
     pairs, tiles = plan.pairs_of_heads(problem) // pack, plan.query_tiles(problem, chosen)
@@ -476,8 +484,15 @@ def fill_variant(
         field["strides"] = [stride // value.itemsize for stride in value.strides[-kind.axes :]]
         field["lengths"][: kind.axes] = value.shape[-kind.axes :]
     if variant.names_entries:
-        filled["entries"] = strides["b"][-BATCH_AXES:]
-        filled["first"] = sum(i * stride for i, stride in zip(index, strides["b"]))
+        filled["entries"], filled["first"] = entries(strides, index)
+
+
+def entries(
+    strides: dict[str, tuple[int, ...]], index: tuple[int, ...]
+) -> tuple[tuple[int, ...], int]:
+    """By what the number of a batch entry grows along each axis, and the number of the first."""
+    walk = strides["b"]
+    return walk[-BATCH_AXES:], sum(i * stride for i, stride in zip(index, walk))
 
 
 def fill_sequences(

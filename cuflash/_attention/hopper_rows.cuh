@@ -38,6 +38,16 @@ struct HopperRows : Rows<HopperProducts> {
   static constexpr T kLowest = -3.4028234e38f;  // the reference of rows that have seen nothing, which finite scores exceed by far
   static constexpr bool kLooksAfterwards = kWeightsFirst && kSlack > 0;
   uint32 p[kSteps][4];
+  // With dropout: where the weights of the newest key tile stand.
+  Dropping dropping;
+  uint32 row_place, key_place;
+
+  // Read again in each turn, not held in registers through it.
+  __device__ __forceinline__ void meet(const Task& task, const Params& params, int key) {
+    dropping = task.dropping(params);
+    row_place = Dropping::row_place(task.row + Products::row(0));
+    key_place = Dropping::key_place(key + Products::key(0));
+  }
 
   // The largest of each row's scores in this thread. In two chains, for one would wait for itself.
   __device__ __forceinline__ void find_highest(T (&highest)[Products::kRows]) const {
@@ -71,16 +81,21 @@ struct HopperRows : Rows<HopperProducts> {
     }
   }
 
-  // The weights of some of the 16-key steps, and their sums.
+  // The weights of some of the 16-key steps, and their sums. What dropout drops has been counted when it becomes 0.
   template <int kFirst, int kCount>
   __device__ __forceinline__ void exponentiate(T scale, T (&weights)[Products::kRows][4 * kCount], T (&sums)[Products::kRows][2]) const {
+    constexpr int kAtOnce = kDropout ? 4 : 4 * kCount;  // one call of random numbers is for four of each row
 #pragma unroll
-    for (int r = 0; r < Products::kRows; ++r) {
+    for (int first = 0; first < 4 * kCount; first += kAtOnce) {
 #pragma unroll
-      for (int c = 0; c < 4 * kCount; ++c) {
-        weights[r][c] = exp_2(s[r][4 * kFirst + c] * scale - pair[r].max);
-        sums[r][c % 2] += weights[r][c];
+      for (int r = 0; r < Products::kRows; ++r) {
+#pragma unroll
+        for (int c = first; c < first + kAtOnce; ++c) {
+          weights[r][c] = exp_2(s[r][4 * kFirst + c] * scale - pair[r].max);
+          sums[r][c % 2] += weights[r][c];
+        }
       }
+      if (kDropout) dropping.drop(weights[0], weights[1], first, row_place, key_place + 4 * kFirst + first);
     }
   }
 
@@ -120,6 +135,7 @@ struct HopperRows : Rows<HopperProducts> {
 #pragma unroll
         for (int c = 0; c < Products::kOutputs; ++c) o[r][c] *= factor;
       }
+      if (kDropout) key_place = __shfl_xor_sync(0xffffffffu, key_place, 0);  // or the assembler keeps what was decided, all of it, for this
       make_weights<0, kSteps>(scale, sums);
     }
 #pragma unroll
@@ -160,7 +176,8 @@ struct HopperRows : Rows<HopperProducts> {
       pair[r].sum = across_row<Products::kRowLanes>(pair[r].sum, [](T a, T b) { return a + b; });
       const bool empty = pair[r].max == kLowest && pair[r].sum == T(0);  // and no NaN
       const bool has_weights = Rows::has_weights(pair[r].max);
-      const T factor = Variant::kHasSink ? take_sink(pair[r], params.variant.sink(task.coordinates(params, row))) : T(1);
+      T factor = kDropout ? params.dropout.rescale : T(1);
+      if (Variant::kHasSink) factor *= take_sink(pair[r], params.variant.sink(task.coordinates(params, row)));
       if (row < task.keys.rows && params.lse.data != nullptr && Products::key(0) == 0) {
         *task.row_of(params.lse, row) = pair[r].log_sum() * T(kLn2);
       }

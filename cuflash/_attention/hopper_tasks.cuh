@@ -139,6 +139,12 @@ struct Task {
   __device__ __forceinline__ int rows_before() const { return kVarlen ? first_row : 0; }
   __device__ __forceinline__ int keys_before() const { return kVarlen ? first_key : 0; }
 
+  // Heads are not packed.
+  __device__ __forceinline__ Dropping dropping(const Params& params) const {
+    const int64(&entries)[kBatchAxes] = params.dropout.entries;
+    return params.dropout.of(head, batch[0] * entries[kBatchAxes - 1] + batch[1] * entries[kBatchAxes - 2]);
+  }
+
   // The tile's row i of an array: the batch has two axes at most.
   template <typename T> __device__ __forceinline__ T* row_of(const Strided<T>& array, int i) const {
     const int64 of_batch = batch[0] * array.batch[kBatchAxes - 1] + batch[1] * array.batch[kBatchAxes - 2];

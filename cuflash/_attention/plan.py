@@ -92,6 +92,8 @@ class Tile:
         wider still is cut into slices, each for a block of its own.
     for_blocks : bool
         Only for masks of blocks that it divides and the tiles before it do not.
+    drops : bool
+        Whether the registers hold what dropout needs, too.
     """
 
     queries: int
@@ -104,6 +106,7 @@ class Tile:
     query_stages: int = 1
     parts: int = 1
     for_blocks: bool = False
+    drops: bool = True
 
     def divides(self, blocks: tuple[tuple[int, int], ...]) -> bool:
         """Whether it lies within one block, of each of some sizes."""
@@ -165,7 +168,7 @@ WEIGHTS_FIRST = 128  # columns of V up to which registers hold the scores until 
 _HOPPER = Engine(
     "_attention/forward_sm90.cu",
     (
-        (64, Tile(192, 128, 12, 4, 1, query_stages=2)),
+        (64, Tile(192, 128, 12, 4, 1, query_stages=2, drops=False)),
         (64, Tile(192, 96, 12, 4, 1, query_stages=2)),
         (64, Tile(192, 64, 12, 4, 1, query_stages=2)),
         # A tile of 192 rows lies across two rows of blocks of 128, and visits what is in either: in
@@ -178,7 +181,7 @@ _HOPPER = Engine(
         (128, Tile(128, 64, 8, 2, 1, query_stages=2)),
         (192, Tile(128, 96, 8, 2, 1)),
         (192, Tile(128, 64, 8, 2, 1)),
-        (256, Tile(128, 80, 8, 2, 1)),
+        (256, Tile(128, 80, 8, 2, 1, drops=False)),
         (256, Tile(128, 64, 8, 2, 1)),
     ),
     loaders=4,
@@ -193,18 +196,20 @@ _HOPPER = Engine(
 _MMA = Engine(
     "_attention/forward_mma.cu",
     (
-        (64, Tile(128, 128, 4, 2, 2, since=90)),
+        (64, Tile(128, 128, 4, 2, 2, since=90, drops=False)),
         (64, Tile(128, 96, 4, 2, 2)),
         (64, Tile(128, 64, 4, 2, 2)),
         (64, Tile(64, 64, 4, 1, 2)),
         (96, Tile(128, 64, 4, 2, 2)),
-        (128, Tile(128, 64, 4, 2, 2)),
-        (128, Tile(128, 64, 4, 1, 2)),
-        (128, Tile(128, 32, 4, 1, 2)),
-        (128, Tile(128, 32, 4, 1, 1)),
+        (128, Tile(128, 64, 4, 2, 2, drops=False)),
+        (128, Tile(128, 64, 4, 1, 2, drops=False)),
+        (128, Tile(128, 32, 4, 1, 2, drops=False)),
+        (128, Tile(128, 32, 4, 1, 1, drops=False)),
+        (128, Tile(64, 64, 4, 2, 2)),
         (256, Tile(64, 64, 4, 1, 2)),
         (256, Tile(64, 32, 4, 1, 2)),
-        (256, Tile(64, 32, 4, 1, 1)),
+        (256, Tile(64, 32, 4, 1, 1, drops=False)),
+        (256, Tile(64, 16, 4, 1, 1)),
         (512, Tile(64, 64, 4, 1, 1, parts=2)),
         (512, Tile(64, 32, 4, 1, 1, parts=2)),
         (512, Tile(64, 16, 4, 1, 1, parts=2)),
@@ -307,6 +312,8 @@ def choose(
     engine, why = _engine(problem, gpu, obstacle)
     if problem.variant.steps:
         why = f"{why}; with {problem.variant}"
+    if problem.dropout:
+        why = f"{why}; with dropout"
 
     def planned(tile: Tile) -> AttentionPlan:
         if not engine.persistent:
@@ -314,7 +321,9 @@ def choose(
         fits = shared_memory(engine, problem, tile, staged=True) <= gpu.shared_memory_per_block
         staged = stored_by_tma and BYTES[output] == 2 and fits
         places = tile.blocks * gpu.multiprocessors
-        apart = problem.variant.blocks and problem.variant.mask_names("h")  # blocks of their own
+        # Packed heads' rows alternate, but blocks may be a head's own, and dropout decides about
+        # pairs of rows of one head.
+        apart = problem.dropout or (problem.variant.blocks and problem.variant.mask_names("h"))
         pack = best_pack(problem, tile, places) if packs and not apart else 1
         return plan(problem, output, engine, tile, why, copies, places, staged, pack)
 
@@ -414,6 +423,7 @@ def _serving(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
     reserved = gpu.shared_memory_per_multiprocessor - gpu.shared_memory_per_block  # of each block's
     for head_dim, tile in engine.tiles:
         serves = widest(problem) <= head_dim and tile.since <= gpu.arch
+        serves = serves and tile.drops >= problem.dropout
         if tile.parts > 1:  # without a second part, half the warps would be missing
             serves = serves and parts(engine, problem, tile) > 1
         together = tile.blocks * (shared_memory(engine, problem, tile) + reserved)
@@ -480,10 +490,13 @@ def plan(
         "kMinBlocks": tile.blocks,
         "kVarlen": problem.varlen,
         engine.rows: tile.queries // tile.warps // engine.rows_at_once,
+        "kDropout": problem.dropout,
     }
     if engine.persistent:
         constants |= {"kQStages": tile.query_stages, "kStaged": staged}
-        constants["kWeightsFirst"] = d_v <= WEIGHTS_FIRST and not problem.variant.reworks
+        holds_scores = d_v <= WEIGHTS_FIRST and not problem.variant.reworks
+        # Where O is stored from registers, they hold either the scores or what dropout needs.
+        constants["kWeightsFirst"] = holds_scores and (staged or not problem.dropout)
     if problem.variant.blocks_decide:  # then a tile has one element of each, and is known exactly
         constants["kWholeBlocks"] = tile.divides(problem.variant.blocks)
     return AttentionPlan(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .dropout import Dropout
 from .variants.program import Program, program
 
 PLAIN = program(())
@@ -46,6 +47,7 @@ class Problem:
     return_lse: bool
     variant: Program = PLAIN
     varlen: bool = False
+    dropout: bool = False
 
     @property
     def group(self) -> int:
@@ -107,5 +109,6 @@ class Operands:
     k_offsets: Any = None
     # Of the slots of Problem.variant: numbers, and arrays of the indexed axes, maybe after [*batch]
     values: tuple[Any, ...] = ()
+    dropout: Dropout | None = None  # where Problem.dropout
     one_head: bool = False  # the caller's arrays are 2-D, without the axis of heads
     given: tuple[Any, Any] = (None, None)  # the outputs that the caller passed, with their axes

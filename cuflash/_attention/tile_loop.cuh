@@ -5,6 +5,7 @@
 //       S = Q K^T                                                 Products::scores
 //       S as a variant makes it, if there is one                  Variant, written by variants/cuda.py
 //       (m, d), P = online softmax of S; O rescaled               online_softmax.cuh
+//       P without what dropout drops, if kDropout                 dropout.cuh
 //       O += P V                                                  Products::weigh
 //     O / d, lse = m + log d
 //
@@ -14,8 +15,9 @@
 //   QTile, KTile, VTile                   how the operands lie in shared memory
 //   row(r), key(c), output(c)             the place of a thread's element in the block's tiles; warp_grid.cuh has that of its warp
 //   scores(s, q, k), weigh(o, s, v)       S += Q K^T and O += P V
-// and expects Variant and, as constants: Element, Output, kHeadDim, kHeadDimV, kSlices, kBlockM, kBlockN, kThreads, kStages, and
+// and expects Variant and, as constants: Element, Output, kHeadDim, kHeadDimV, kSlices, kBlockM, kBlockN, kThreads, kStages, kDropout and
 // kVarlen, with which batch entries are sequences in packed arrays: each has rows and keys of its own there.
+#include "_attention/dropout.cuh"
 #include "_attention/sequences.cuh"
 #include "_attention/warp_grid.cuh"
 #include "device/online_softmax.cuh"
@@ -66,6 +68,18 @@ struct TileBits {
   }
 };
 
+// What dropout drops; for kernels without kDropout it is nothing.
+struct Dropout {
+  uint64 seed;
+  int64 entries[kBatchAxes];     // by what the number of a batch entry, counted through all batch axes, grows along each
+  int64 first;                   // the number of the first
+  Accumulator<Element> rescale;  // 1 / the probability to keep a weight
+  uint32 threshold;              // 2^16 times the probability to drop it
+
+  // `entry` is the place along `entries`.
+  __device__ __forceinline__ Dropping of(int head, int64 entry) const { return {seed, threshold, uint32(head), uint32(first + entry)}; }
+};
+
 struct Params {
   Strided<const Element> q;            // [batch..., heads, len_q, head_dim]
   Strided<const Element> k;            // [batch..., kv_heads, len_k, head_dim]
@@ -89,6 +103,7 @@ struct Params {
   Variant variant;
   TileBits bits;
   Sequences sequences;  // with kVarlen; len_q and len_k are then those of the packed arrays
+  Dropout dropout;
 };
 
 constexpr int64 kEndAligned = -(1ll << 62);
@@ -386,6 +401,24 @@ template <typename Products> struct Rows {
     }
   }
 
+  // Weights that dropout drops become 0, once the sums have counted them.
+  __device__ __forceinline__ void drop(const Dropping& dropping, int first_row, int first_key) {
+    if constexpr (kPairs) {
+      static_assert(Products::kRows % 2 == 0 && Products::kScores % 4 == 0, "16 x 16 blocks");
+      const uint32 row_place = Dropping::row_place(first_row + Products::row(0)), key_place = Dropping::key_place(first_key + Products::key(0));
+#pragma unroll
+      for (int r = 0; r < Products::kRows; r += 2)
+#pragma unroll
+        for (int c = 0; c < Products::kScores; c += 4) dropping.drop(s[r], s[r + 1], c, row_place + 4 * r, key_place + c);
+    } else {
+#pragma unroll
+      for (int r = 0; r < Products::kRows; ++r)
+#pragma unroll
+        for (int c = 0; c < Products::kScores; ++c)
+          if (!dropping.keeps(first_row + Products::row(r), first_key + Products::key(c))) s[r][c] = 0;
+    }
+  }
+
   static __device__ __forceinline__ bool has_weights(T reference) {
     return reference <= kLargestReference && -reference <= kLargestReference;
   }
@@ -406,10 +439,10 @@ template <typename Products> struct Rows {
       const bool empty = pair[r].max == -infinity<T>() && pair[r].sum == T(0);  // and no NaN
       if (row >= index.len_q(params)) continue;
       const bool fits = has_weights(pair[r].max);
-      T factor = 1;
+      T factor = kDropout ? params.dropout.rescale : T(1);
       if (Variant::kHasSink) {
         const KeyInterval keys(params, index);
-        factor = take_sink(pair[r], params.variant.sink(coordinates(params, index, keys, Products::row(r))));
+        factor *= take_sink(pair[r], params.variant.sink(coordinates(params, index, keys, Products::row(r))));
       }
       if (lse != nullptr && Products::output(0) == 0) lse[row * params.lse.row] = pair[r].log_sum() * T(kLn2);
       const bool sees_nothing = empty && pair[r].sum == pair[r].sum;  // and its sink is no NaN
@@ -522,6 +555,10 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
     }
     if (place == Place::kBorder) rows.mask(keys, first_key);
     rows.softmax(Rows<Products>::scale_of(params));
+    if (kDropout) {
+      const Dropping dropping = params.dropout.of(index.head, index.offset(params.dropout.entries));
+      rows.drop(dropping, index.tile * kBlockM, first_key);
+    }
     Products::weigh(rows.o, rows.s, v_smem(turn));
   }
 

@@ -29,6 +29,8 @@ def attention_varlen(
     alibi: Any = None,
     sinks: Any = None,
     variant: Variant | None = None,
+    dropout: float | None = None,
+    seed: int | None = None,
     precision: str | None = None,
     return_lse: bool = False,
     out: Any = None,
@@ -61,6 +63,9 @@ def attention_varlen(
         Here `b` is the number of the sequence, `row`, `i` and `j` count from its beginning, and
         `len_q` and `len_k` are its own lengths. A bias or mask of each sequence is an array that
         it names, for example ``"score + bias[b, row, j]"``.
+    dropout : float, optional
+    seed : int, optional
+        As in :func:`attention`, with `b`, the row and the key as in a variant.
     precision : {None, "tf32"}
     return_lse : bool, default False
     out : array, or (array or None, array or None) with ``return_lse``, optional
@@ -96,14 +101,20 @@ def attention_varlen(
     >>> np.allclose(out[:, 6:10], cuflash.attention(last, last, last, causal=True))
     True
     """
-    options = (scale, causal, window, q_start, precision, return_lse, softcap, k_offsets is None)
+    dropped = None if dropout is None and seed is None else check.dropout(dropout, seed)
+    numbers = {} if dropped is None else {"seed": dropped.seed}
+    options: tuple[Any, ...] = (
+        *(scale, causal, window, q_start, precision, return_lse, softcap),
+        *(dropout, dropped is not None, k_offsets is None),
+    )
     inputs: tuple[Any, ...] = (q, k, v, q_offsets)
     if k_offsets is not None:
         inputs += (k_offsets,)
     if not (alibi is sinks is variant is None):
         inputs, options = api.with_variants(inputs, options, (alibi, sinks), variant)
-    again = repeat.again("attention_varlen", inputs, options)
-    key, answers = again if out is None else (None, None)
+    key, answers = None, None
+    if out is None:
+        key, answers = repeat.again("attention_varlen", inputs, options, (*numbers.values(),))
     if answers is not None:
         return AttentionResult(*answers) if return_lse else answers[0]
     caller, problem, operands = prepare(
@@ -120,11 +131,13 @@ def attention_varlen(
         alibi=alibi,
         sinks=sinks,
         variant=variant,
+        dropout=dropout,
+        seed=seed,
         precision=precision,
         return_lse=return_lse,
         out=out,
     )
-    return api.computed(caller, problem, operands, key, inputs)
+    return api.computed(caller, problem, operands, key, inputs, numbers)
 
 
 def prepare(
@@ -142,6 +155,8 @@ def prepare(
     alibi: Any = None,
     sinks: Any = None,
     variant: Variant | None = None,
+    dropout: float | None = None,
+    seed: int | None = None,
     precision: str | None = None,
     return_lse: bool = False,
     out: Any = None,
@@ -155,6 +170,7 @@ def prepare(
             "`variant` must have no BlockMask, whose blocks are of one length: index blocks of "
             'your own as "blocks[b, row // 128, j // 128]"'
         )
+    dropped = check.dropout(dropout, seed)
     start, starts = check.int_or_array("q_start", q_start)
     outputs = check.named_outputs(out, both=return_lse)
     caller, native = arrays.take(
@@ -173,6 +189,7 @@ def prepare(
     )
     dtype = check.common_dtype(native, ("q", "k", "v"))
     operands = check.packed_inputs(native)
+    operands.dropout = dropped
     check.integers(caller, operands, start, None)
     check.offsets(caller, operands)
     program, operands.values = bind.bind(asked, native, operands, dtype)

@@ -48,14 +48,17 @@ def again(
     function: str,
     arrays: Sequence[Any],
     options: tuple[Any, ...],
-    numbers: tuple[int, ...] = (),
+    numbers: tuple[Any, ...] = (),
 ) -> tuple[Key | None, list[cupy.ndarray] | None]:
     """Make a call again: all that decides about it but its pointers, and its outputs.
 
     The outputs are None for a call that is not remembered. The key is None too for what must
-    always go the long way: arrays that are not exactly CuPy's, or not on the current device, and
-    options that are arrays.
+    always go the long way: arrays that are not exactly CuPy's, or not on the current device,
+    options that are arrays, and numbers that are not ints of 64 bits.
     """
+    for number in numbers:
+        if type(number) is not int or not 0 <= number < 2**64:
+            return None, None
     cupy: Any = sys.modules.get("cupy")
     ndarray = getattr(cupy, "ndarray", None)
     for array in arrays:

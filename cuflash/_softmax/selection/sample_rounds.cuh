@@ -5,8 +5,15 @@
 // they turn down; so the token that is kept was drawn by its weight from the admitted ones, which is their
 // distribution. A draw from all that top_p has to judge is kept with a probability of at least top_p; one that is not
 // leaves a smaller set, in which the most probable token remains. That one is always kept, so the rounds end.
-#include "_softmax/selection/philox.cuh"
 #include "_softmax/selection/sample.cuh"
+#include "device/philox.cuh"
+
+// A number in [0, 1) of 53 bits. The counter is (row, offset), 64 bits each, with the number of the draw in the row's
+// upper 16.
+__device__ __forceinline__ double uniform(uint64 seed, uint64 offset, uint64 row, uint32 draw) {
+  const Words words = philox({uint32(row), uint32(row >> 32) | draw << 16, uint32(offset), uint32(offset >> 32)}, seed);
+  return double((uint64(words.at[1]) << 32 | words.at[0]) >> 11) * 0x1p-53;
+}
 
 // Row has, for all of its threads alike:
 //   Choice choose(double fraction)                   the slice that holds that fraction of the mass of all slices

@@ -3,24 +3,24 @@
 
 struct Words { uint32 at[4]; };
 
+// All 64 bits of a product, in one instruction. PTX ISA, integer arithmetic: mul.
+__device__ __forceinline__ uint64 whole_product(uint32 a, uint32 b) {
+  uint64 product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+}
+
 // Philox4x32-10: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 __device__ __forceinline__ Words philox(Words counter, uint64 key) {
   uint32 first = uint32(key), second = uint32(key >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const uint64 even = uint64(counter.at[0]) * 0xD2511F53u;
-    const uint64 odd = uint64(counter.at[2]) * 0xCD9E8D57u;
+    const uint64 even = whole_product(counter.at[0], 0xD2511F53u);
+    const uint64 odd = whole_product(counter.at[2], 0xCD9E8D57u);
     counter = {uint32(odd >> 32) ^ counter.at[1] ^ first, uint32(odd),
                uint32(even >> 32) ^ counter.at[3] ^ second, uint32(even)};
     first += 0x9E3779B9u;
     second += 0xBB67AE85u;
   }
   return counter;
-}
-
-// A number in [0, 1) of 53 bits. The counter is (row, offset), 64 bits each, with the number of the draw in the row's
-// upper 16.
-__device__ __forceinline__ double uniform(uint64 seed, uint64 offset, uint64 row, uint32 draw) {
-  const Words words = philox({uint32(row), uint32(row >> 32) | draw << 16, uint32(offset), uint32(offset >> 32)}, seed);
-  return double((uint64(words.at[1]) << 32 | words.at[0]) >> 11) * 0x1p-53;
 }

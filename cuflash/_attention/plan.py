@@ -35,9 +35,12 @@ class AttentionPlan(Plan):
         Query heads that share keys and whose rows alternate in a query tile.
     narrower : AttentionPlan or None
         The same with fewer keys a tile, for a variant that needs many registers.
+    streamed : int or None
+        The variant's slot whose array blocks have brought to shared memory, tile by tile.
     """
 
     pack: int = 1
+    streamed: int | None = None
     narrower: AttentionPlan | None = None
 
     def load(self) -> cupy.RawKernel:
@@ -123,6 +126,8 @@ class Engine:
         Blocks, one for each place on the GPU, go through all query tiles.
     exact : bool
         As of a Kernel.
+    streaming : tuple of (int, Tile)
+        Those that leave room for a tile of a variant's array, as ``tiles``.
     """
 
     file: str
@@ -136,6 +141,7 @@ class Engine:
     barriers: int = 0
     persistent: bool = False
     exact: bool = False
+    streaming: tuple[tuple[int, Tile], ...] = ()
 
 
 # Where blocks go through many query tiles, what they have to do is foreseen:
@@ -162,6 +168,17 @@ _HOPPER = Engine(
         (192, Tile(128, 96, 8, 2, 1)),
         (192, Tile(128, 64, 8, 2, 1)),
         (256, Tile(128, 80, 8, 2, 1)),
+        (256, Tile(128, 64, 8, 2, 1)),
+    ),
+    # A place for the next Q makes room at 128, and one for K and V at 64: docs/hopper.rst.
+    streaming=(
+        (64, Tile(192, 128, 12, 3, 1, query_stages=2)),
+        (64, Tile(192, 96, 12, 3, 1, query_stages=2)),
+        (64, Tile(192, 64, 12, 4, 1, query_stages=2)),
+        (128, Tile(128, 128, 8, 2, 1)),
+        (128, Tile(128, 64, 8, 2, 1, query_stages=2)),
+        (192, Tile(128, 96, 8, 2, 1)),
+        (192, Tile(128, 64, 8, 2, 1)),
         (256, Tile(128, 64, 8, 2, 1)),
     ),
     loaders=4,
@@ -249,6 +266,7 @@ def choose(
     obstacle: str | None = None,
     stored_by_tma: bool = True,
     packs: bool = True,
+    streams: int | None = None,
 ) -> AttentionPlan:
     """Plan one launch.
 
@@ -266,25 +284,31 @@ def choose(
         Whether nothing keeps it from writing the output.
     packs : bool
         Whether it can bring heads that share keys as rows of one tile.
+    streams : int or None
+        The variant's slot whose array it can bring.
     """
     engine, why = _engine(problem, gpu, obstacle)
     if problem.variant.steps:
         why = f"{why}; with {problem.variant}"
 
-    def planned(tile: Tile) -> AttentionPlan:
+    def planned(tile: Tile, streamed: int | None = None) -> AttentionPlan:
         if not engine.persistent:
             return plan(problem, output, engine, tile, why, copies)
-        fits = shared_memory(engine, problem, tile, staged=True) <= gpu.shared_memory_per_block
-        staged = stored_by_tma and BYTES[output] == 2 and fits
+        size = shared_memory(engine, problem, tile, True, streamed is not None)
+        staged = stored_by_tma and BYTES[output] == 2 and size <= gpu.shared_memory_per_block
         places = tile.blocks * gpu.multiprocessors
         pack = best_pack(problem, tile, places) if packs else 1
-        return plan(problem, output, engine, tile, why, copies, places, staged, pack)
+        return plan(problem, output, engine, tile, why, copies, places, staged, pack, streamed)
 
-    first, *others = _tiles(engine, problem, gpu)
-    chosen: AttentionPlan | None = None
-    for tile in reversed(others):
-        chosen = replace(planned(tile), narrower=chosen)
-    return replace(planned(first), narrower=chosen)
+    plans = [planned(tile) for tile in _tiles(engine, problem, gpu)]
+    if streams is not None and engine.streaming and plans[0].pack == 1:
+        packs = False
+        tiles = _tiles(engine, problem, gpu, streamed=True)
+        plans = [planned(tile, streams) for tile in tiles] + plans
+    chosen = plans.pop()
+    while plans:
+        chosen = replace(plans.pop(), narrower=chosen)
+    return chosen
 
 
 def _engine(problem: Problem, gpu: Gpu, obstacle: str | None) -> tuple[Engine, str]:
@@ -328,7 +352,7 @@ def head_dims(engine: Engine, problem: Problem, tile: Tile) -> tuple[int, int]:
     return max(d, d_v), min(d_v, tile.columns)
 
 
-def _tiles(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
+def _tiles(engine: Engine, problem: Problem, gpu: Gpu, streamed: bool = False) -> list[Tile]:
     """The first tile that serves the head dims and of which enough blocks fit.
 
     Behind it, for variants, those of fewer and fewer keys, in case that the first one spills.
@@ -336,9 +360,10 @@ def _tiles(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
     found: list[Tile] = []
     widest = max(problem.head_dim, problem.head_dim_v)
     reserved = gpu.shared_memory_per_multiprocessor - gpu.shared_memory_per_block  # of each block's
-    for head_dim, tile in engine.tiles:
+    for head_dim, tile in engine.streaming if streamed else engine.tiles:
         serves = widest <= head_dim and tile.since <= gpu.arch
-        together = tile.blocks * (shared_memory(engine, problem, tile) + reserved)
+        size = shared_memory(engine, problem, tile, streamed=streamed)
+        together = tile.blocks * (size + reserved)
         if not serves or together > gpu.shared_memory_per_multiprocessor:
             continue
         if not found or (problem.variant.steps and tile.keys < found[-1].keys):
@@ -361,12 +386,17 @@ def best_pack(problem: Problem, tile: Tile, places: int) -> int:
     return min(sizes, key=rounds)
 
 
-def shared_memory(engine: Engine, problem: Problem, tile: Tile, staged: bool = False) -> int:
-    """Bytes a block: Q, then each stage's K and V, then O where it is staged, then barriers."""
+def shared_memory(
+    engine: Engine, problem: Problem, tile: Tile, staged: bool = False, streamed: bool = False
+) -> int:
+    """Bytes a block: Q, each stage's K and V, O where it is staged, a variant's tile, barriers."""
     size = engine.operand_bytes or BYTES[problem.dtype]
-    d, d_v = (-(-dim // engine.box) * engine.box for dim in head_dims(engine, problem, tile))
+    d, d_v, keys = (
+        -(-dim // engine.box) * engine.box for dim in (*head_dims(engine, problem, tile), tile.keys)
+    )
     queries = tile.query_stages * tile.queries
-    elements = queries * d + tile.stages * tile.keys * (d + d_v) + staged * tile.queries * d_v
+    elements = queries * d + tile.stages * tile.keys * (d + d_v)
+    elements += tile.queries * (staged * d_v + streamed * keys)
     return size * elements + engine.barriers
 
 
@@ -380,6 +410,7 @@ def plan(
     places: int | None = None,
     staged: bool = False,
     pack: int = 1,
+    streamed: int | None = None,
 ) -> AttentionPlan:
     """Spell out a chosen tile as a launch, of as many blocks at most as there are places."""
     d, d_v = head_dims(engine, problem, tile)
@@ -408,22 +439,25 @@ def plan(
     if engine.persistent:
         constants |= {"kQStages": tile.query_stages, "kStaged": staged}
         constants["kWeightsFirst"] = d_v <= WEIGHTS_FIRST and not problem.variant.reworks
+    variant = problem.variant
+    text = variant.text if streamed is None else variant.streaming(streamed)
     return AttentionPlan(
         kernel=Kernel(
             engine.file,
             "attention_forward",
             (*constants.items(), *engine.constants),
             exact=engine.exact,
-            generated=problem.variant.text,
+            generated=text,
         ),
         grid=(blocks if places is None else min(blocks, places), 1, 1),
         threads=32 * (tile.warps + engine.loaders),
-        shared_memory=shared_memory(engine, problem, tile, staged),
+        shared_memory=shared_memory(engine, problem, tile, staged, streamed is not None),
         bytes=traffic(problem, output),
         operations=2 * (problem.head_dim + problem.head_dim_v) * visible(problem) * pairs,
         why=why,
         copies=copies,
         pack=pack,
+        streamed=streamed,
     )
 
 

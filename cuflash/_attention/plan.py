@@ -290,6 +290,7 @@ def choose(
     engine, why = _engine(problem, gpu, obstacle)
     if problem.variant.steps:
         why = f"{why}; with {problem.variant}"
+    names = [name for step in problem.variant.steps for name, _ in step.kinds]  # of the slots
 
     def planned(tile: Tile, streamed: int | None = None) -> AttentionPlan:
         if not engine.persistent:
@@ -297,17 +298,17 @@ def choose(
         size = shared_memory(engine, problem, tile, True, streamed is not None)
         staged = stored_by_tma and BYTES[output] == 2 and size <= gpu.shared_memory_per_block
         places = tile.blocks * gpu.multiprocessors
-        pack = best_pack(problem, tile, places) if packs else 1
-        return plan(problem, output, engine, tile, why, copies, places, staged, pack, streamed)
+        pack = best_pack(problem, tile, places) if packs and streamed is None else 1
+        reason = why if streamed is None else f"{why}; {names[streamed]} by tiles"
+        return plan(problem, output, engine, tile, reason, copies, places, staged, pack, streamed)
 
-    plans = [planned(tile) for tile in _tiles(engine, problem, gpu)]
-    if streams is not None and engine.streaming and plans[0].pack == 1:
-        packs = False
+    found = [planned(tile) for tile in _tiles(engine, problem, gpu)]
+    if streams is not None and engine.streaming and found[0].pack == 1:
         tiles = _tiles(engine, problem, gpu, streamed=True)
-        plans = [planned(tile, streams) for tile in tiles] + plans
-    chosen = plans.pop()
-    while plans:
-        chosen = replace(plans.pop(), narrower=chosen)
+        found = [planned(tile, streams) for tile in tiles] + found
+    chosen = found.pop()
+    while found:
+        chosen = replace(found.pop(), narrower=chosen)
     return chosen
 
 

@@ -184,15 +184,19 @@ class Block:
             task = self.known[number % TASKS]
             if task is None:
                 return
-            assert task is self.tasks[number], "it is still there to be read"
             for tile in range(task.tiles.last, task.tiles.first - 1, -1):
-                for group, place in enumerate(self.streamed):
-                    if task.own[group].has(tile) or not self.skips:
-                        turn = next(turns[group])
-                        yield place.empty.over(turn - 1)
-                        place.holds = turn
-                        yield None
-                        place.full.arrive()
+                yield None
+                there = self.known[number % TASKS] is self.tasks[number]
+                assert there, "it is still there to say whose tile that is"
+                wanted = [own.has(tile) or not self.skips for own in task.own]
+                for group in (group for group, wants in enumerate(wanted) if wants):
+                    place, turn = self.streamed[group], next(turns[group])
+                    yield place.empty.over(turn - 1)
+                    there = self.known[number % TASKS] is self.tasks[number]
+                    assert there, "it is still there to say where the tile is"
+                    place.holds = turn
+                    yield None
+                    place.full.arrive()
 
     def warp(self, group: int, warp: int) -> Role:
         """[Multiplier]"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -61,14 +60,15 @@ BROADCAST = {  # axes of length 1, the last one first
 }
 
 
-@pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("broadcast", BROADCAST)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_broadcast_biases(xp, dim, broadcast, places):
-    for seed, (own, layout) in enumerate(itertools.product(HALVES, ("padded", "offset"))):
-        dtype, spec = HALVES[seed % 2], Spec(own, ones=BROADCAST[broadcast], layout=layout)
-        sides = {**SIDES, "head_dim": dim, "head_dim_v": dim}
-        call = materialise(Problem(seed, dtype, **sides, **PLACES[places], bias=spec))
+def test_broadcast_biases(xp, dim, broadcast):
+    """Of both dtypes, beside inputs of both, with rows that begin anywhere once."""
+    for seed, places in enumerate(PLACES.values()):
+        layout = "offset" if seed == 3 else "padded"
+        bias = Spec(HALVES[seed // 2 % 2], ones=BROADCAST[broadcast], layout=layout)
+        sides = {**SIDES, "head_dim": dim, "head_dim_v": dim, **places}
+        call = materialise(Problem(seed, HALVES[seed % 2], bias=bias, **sides))
         judge(call).check(*attend(call, xp))
 
 

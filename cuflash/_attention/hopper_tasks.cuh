@@ -375,31 +375,42 @@ template <bool kIsV> struct Loader {
 template <typename Own> struct Streamer {
   const HopperParams& hopper;
   SharedMemory smem;
-  uint32 turns[kGroups] = {};  // of each warpgroup, as Multiplier::streamed
+  uint32 phases = ~0u;  // of each warpgroup's place: the lowest bit of the one that must be over
 
+  // The task is not copied, for want of registers. It stays where it is until the tile that comes last has been read, and that has rows of
+  // some warpgroup: whose those are is looked up before the first of them is brought.
   __device__ __forceinline__ void run() {
     for (uint32 number = 0;; ++number) {
-      const Task task = smem.task(number);
+      const Task& task = smem.task(number);
       if (task.keys.rows == 0) return;
 #pragma unroll 1
       for (Walk walk(task, hopper.params.bits); walk.next();) {
-#pragma unroll
+        const uint32 wanted = groups_of(task, walk.tile);
+#pragma unroll 1
         for (int group = 0; group < kGroups; ++group) {
-          if (goes_through(task.own[group], walk.tile)) bring_rows(task, group, walk.tile * kBlockN);
+          if (wanted & 1u << group) bring_rows(task, group, walk.tile * kBlockN);
         }
       }
     }
   }
 
-  // Where variants hide places, `own` counts those that are visited, and a warpgroup goes through all of them or none.
-  static __device__ __forceinline__ bool goes_through(const KeyTiles& own, int tile) {
-    return own.count > 0 && (Own::kHasMask || (own.first <= tile && tile <= own.last()));
+  // A bit for each warpgroup that goes through a tile. Where variants hide places, `own` counts those that are visited, all or none.
+  static __device__ __forceinline__ uint32 groups_of(const Task& task, int tile) {
+    uint32 bits = 0;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const KeyTiles& own = task.own[group];
+      const bool goes = own.count > 0 && (Own::kHasMask || (own.first <= tile && tile <= own.last()));
+      bits |= uint32(goes) << group;
+    }
+    return bits;
   }
 
   __device__ __forceinline__ void bring_rows(const Task& task, int group, int key) {
     const Own& variant = hopper.params.variant;
     const int row = group * kGroupRows;
-    smem.barriers.streamed_empty[group].wait(turns[group]++ - 1);
+    smem.barriers.streamed_empty[group].wait(phases >> group);
+    phases ^= 1u << group;
     bring_tile<StreamedTile, kGroupRows>(
         smem.streamed(row), hopper.streamed, smem.barriers.streamed_full[group],
         Corner(variant.streamed_head(), variant.streamed().batch, task.row + row, task.head, task.batch), key);

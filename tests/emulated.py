@@ -208,6 +208,26 @@ void look_up(Reads (&lanes)[4], const Variant& variant, const Coordinates& at, i
   }
 }
 
+// What a tile in shared memory has for the scores of a row, which is zeros beyond the array.
+template <typename Reads, typename Variant, typename Coordinates>
+void fetch(Reads (&lanes)[4], const Variant& variant, const Coordinates& at, int key) {
+  if constexpr (Variant::kStreams) {
+    const auto& array = variant.streamed();
+    constexpr int kAxes = sizeof array.strides / sizeof *array.strides;
+    const auto* row = array.begin(at.entry) + at.h * variant.streamed_head();
+    row += at.row * array.stride(kAxes - 2);
+    for (int lane = 0; lane < 4; ++lane) {
+      lanes[lane].fetch([&](unsigned (&words)[4]) {
+        for (int n = 0; n < 8; ++n) {
+          const int column = key + n / 2 * 8 + lane * 2 + n % 2;
+          const unsigned bits = column < array.lengths[kAxes - 1] ? row[column].bits : 0;
+          words[n / 2] = n % 2 ? words[n / 2] | bits << 16 : bits;
+        }
+      });
+    }
+  }
+}
+
 struct Arrays {
   const Row* rows;       // [count]
   const double* scores;  // [count, 32]
@@ -229,6 +249,7 @@ template <typename Variant> void evaluate(const Variant& variant, int count, con
     typename Variant::ScoreReads score_reads[4];
     typename Variant::MaskReads mask_reads[4];
     look_up(score_reads, variant, at, row.key);
+    fetch(score_reads, variant, at, row.key);
     look_up(mask_reads, variant, at, row.key);
     for (int n = 0; n < 32; ++n) {
       const int lane = n / 2 % 4, c = n / 8 * 2 + n % 2, step = n - 2 * lane, place = 32 * r + n;

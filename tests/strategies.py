@@ -79,8 +79,9 @@ OUT_LAYOUTS = ("contiguous", "swapped", "inside_out", "gaps", "unaligned", "nega
 VALUES = ("normal", "rising", "falling", "offset")
 
 # How the array of a variant lies, which kernels read in place. "expanded": strides of 0 along the
-# axes it broadcasts along; "transposed": the last axis is not contiguous, nor are any others.
-VARIANT_LAYOUTS = ("contiguous", "transposed", "gaps", "negative", "offset", "expanded")
+# axes it broadcasts along; "transposed": the last axis is not contiguous, nor are any others;
+# "padded": rows of any length begin at multiples of 16 bytes, as Hopper's copy engine wants them.
+VARIANT_LAYOUTS = ("contiguous", "transposed", "gaps", "negative", "offset", "expanded", "padded")
 # Of one size that kernels are compiled for; the last two mean a copy, for rows begin anywhere.
 VARIANT_DIMS = (64, 40, 48, 33, 63)
 # "holes" of biases and sinks are -inf. A mask's "rows" and "tiles" are hidden, or seen, as a whole.
@@ -306,6 +307,11 @@ def lay_out(array: np.ndarray, layout: str, xp: ModuleType) -> Any:
     elif layout == "negative" and array.ndim:
         host = np.empty(array.shape, array.dtype)
         cut = (slice(None, None, -1),) * array.ndim
+    elif layout == "padded" and array.ndim:
+        unit = -(-16 // array.itemsize)
+        columns = (array.shape[-1] // unit + 1) * unit
+        host = nan_filled((*array.shape[:-1], columns), array.dtype)
+        cut = (..., slice(0, array.shape[-1]))
     elif layout == "offset":
         host = nan_filled((array.size + 3,), array.dtype)
         host[3:] = array.ravel()
@@ -414,7 +420,7 @@ def variations(dtype: str) -> dict[str, st.SearchStrategy]:
             values=st.sampled_from(values),
             ones=st.tuples(*[st.integers(0, 3).map(lambda n: n == 3)] * 5),
             absent=st.sampled_from([0, 0, 1, 2]),
-            layout=st.sampled_from(VARIANT_LAYOUTS),
+            layout=st.sampled_from(VARIANT_LAYOUTS) | st.just("padded"),
         )
         for name, values in SPEC_VALUES.items()
     }

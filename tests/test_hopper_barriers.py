@@ -73,6 +73,9 @@ class Tiles:
     def last(self) -> int:
         return self.first + self.count - 1
 
+    def has(self, tile: int) -> bool:
+        return self.first <= tile <= self.last
+
 
 @dataclass(frozen=True)
 class Task:
@@ -93,18 +96,21 @@ class Place:
 
 @dataclass(frozen=True)
 class Shape:
-    """The constants of a kernel: groups, keys of a tile, [kStages], [kQStages]."""
+    """The constants of a kernel: groups, keys of a tile, [kStages], [kQStages], [kStreams]."""
 
     groups: int
     keys: int
     stages: int
     q_stages: int
+    streams: bool = False
 
 
 SHAPES = [
-    Shape(tile.queries // ROWS, tile.keys, tile.stages, tile.query_stages)
-    for _, tile in plan._HOPPER.tiles
+    Shape(tile.queries // ROWS, tile.keys, tile.stages, tile.query_stages, streams)
+    for tiles, streams in ((plan._HOPPER.tiles, False), (plan._HOPPER.streaming, True))
+    for _, tile in tiles
 ]
+STREAMING = [shape for shape in SHAPES if shape.streams]
 
 
 @dataclass
@@ -112,6 +118,8 @@ class Block:
     shape: Shape
     tasks: list[Task]
     together: bool = True  # warps wait for one another where turns are left out
+    readers: int = WARPS  # that give a streamed tile back
+    skips: bool = True  # nothing is streamed for turns that are left out
     known: list[Task | None] = field(default_factory=lambda: [None] * TASKS)
 
     def __post_init__(self) -> None:
@@ -123,6 +131,7 @@ class Block:
         self.task = ring(TASKS, WARPS * groups)
         self.q = [ring(self.shape.q_stages, 1) for _ in range(groups)]
         self.k, self.v = ring(stages, groups), ring(stages, groups)
+        self.streamed = [Place(Barrier(1), Barrier(self.readers)) for _ in range(groups)]
         self.begun = Barrier(1)
         self.lines = [Line() for _ in range(groups)]
         self.met: dict[tuple[int, int], int] = {}  # warps of a group, by how often they have met
@@ -168,9 +177,30 @@ class Block:
                     yield self.full(self.k, 0)
                     self.begun.arrive()
 
+    def streamer(self) -> Role:
+        turns = [count() for _ in self.streamed]
+        for number in count():
+            yield self.full(self.task, number)
+            task = self.known[number % TASKS]
+            if task is None:
+                return
+            for tile in range(task.tiles.last, task.tiles.first - 1, -1):
+                yield None
+                there = self.known[number % TASKS] is self.tasks[number]
+                assert there, "it is still there to say whose tile that is"
+                wanted = [own.has(tile) or not self.skips for own in task.own]
+                for group in (group for group, wants in enumerate(wanted) if wants):
+                    place, turn = self.streamed[group], next(turns[group])
+                    yield place.empty.over(turn - 1)
+                    there = self.known[number % TASKS] is self.tasks[number]
+                    assert there, "it is still there to say where the tile is"
+                    place.holds = turn
+                    yield None
+                    place.full.arrive()
+
     def warp(self, group: int, warp: int) -> Role:
         """[Multiplier]"""
-        number = turn = meetings = 0
+        number = turn = streamed = meetings = 0
 
         def meet() -> Role:  # a product, or [sync_warpgroup]
             nonlocal meetings
@@ -222,7 +252,19 @@ class Block:
             release(self.k, turn)
             if not left:
                 release(self.q[group], number)
+            if self.shape.streams:
+                yield from fetch()
             assert self.known[number % TASKS] is task, "it is still there for the mask"
+
+        def fetch() -> Role:
+            nonlocal streamed
+            place = self.streamed[group]
+            yield place.full.over(streamed)
+            yield None
+            assert place.holds == streamed, "nobody has overwritten what this warp reads"
+            if warp < self.readers:
+                place.empty.arrive()
+            streamed += 1
 
         def outputs(of: int, lets_go: bool) -> Role:
             yield self.full(self.v, of)
@@ -301,6 +343,8 @@ class Block:
             "k": self.loader(self.k),
             "v": self.loader(self.v),
         }
+        if self.shape.streams:
+            roles["streamer"] = self.streamer()
         for group in range(self.shape.groups):
             for warp in range(WARPS):
                 roles[f"warp {group}.{warp}"] = self.warp(group, warp)
@@ -360,6 +404,7 @@ FEW_ROWS = make_task(SHAPES[0], 0, 700, 900, 64), make_task(SHAPES[0], 0, 192, 9
 @given(blocks(), st.randoms(use_true_random=False))
 @example((SHAPES[1], [*WINDOW]), random.Random(0))
 @example((SHAPES[0], [*FEW_ROWS]), random.Random(0))
+@example((STREAMING[0], [*FEW_ROWS]), random.Random(0))
 def test_nobody_waits_for_ever(block: tuple[Shape, list[Task]], order: random.Random) -> None:
     Block(*block).run(order)
 
@@ -381,4 +426,20 @@ def test_the_model_finds_warps_that_miss_a_phase() -> None:
             Block(SHAPES[0], [*FEW_ROWS] * 3, together=False).run(random.Random(seed))
 
     with pytest.raises(Hangs):
+        many_orders()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "found"),
+    [
+        ({"readers": 1}, AssertionError),  # one warp gives back what others still read
+        ({"skips": False}, Hangs),  # what comes for turns that are left out, nobody takes
+    ],
+)
+def test_the_model_finds_mistakes_about_streamed_tiles(mistake, found) -> None:
+    def many_orders() -> None:
+        for seed in range(300):
+            Block(STREAMING[0], [*FEW_ROWS] * 3, **mistake).run(random.Random(seed))
+
+    with pytest.raises(found):
         many_orders()

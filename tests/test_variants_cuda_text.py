@@ -354,6 +354,47 @@ def test_arrays(tmp_path):
     check(cases, tmp_path, 0.95, "score")
 
 
+def streaming(case: Case) -> Case:
+    """The same for a kernel that has tiles of its array in shared memory."""
+    program = copy.copy(case.program)
+    (slot,) = program.streamable
+    program.text = program.streaming(slot)
+    return dataclasses.replace(case, program=program)
+
+
+def test_arrays_in_shared_memory(tmp_path):
+    """What else is read of them, and of others, is read as ever."""
+    random, cases = np.random.default_rng(0), []
+    forms = (
+        ("score + array[row, j]", ()),
+        ("score * one + array[h, row, j]", (HEADS,)),
+        ("where(array[h, row, j] > 0.5, array[h, row, j], score) - slope[j]", (HEADS,)),
+        ("score + array[row, j] * array[row, i] + array[i, j]", ()),
+    )
+    for dtype, (source, heads), batch in itertools.product(IN_PAIRS[1:], forms, ((), BATCH)):
+        array = contents(random, dtype, (*batch, *heads, LEN_Q, 48))
+        slope = contents(random, "float32", (48,))
+        values = {"array": array, "slope": slope, "one": 0.5}
+        cases.append(streaming(case(step(values, score=source))))
+        assert "kStreams = true" in cases[-1].program.text
+    check(cases, tmp_path, 0.95, "score")
+
+
+@pytest.mark.parametrize(
+    ("source", "axes", "dtype"),
+    [
+        ("score + array[i, j]", 2, "float16"),  # row + q_start may be beyond the array
+        ("score + array[j, row]", 2, "float16"),
+        ("score + array[row // 2, j]", 2, "float16"),
+        ("score + array[b, row, j]", 3, "float16"),
+        ("score + array[row, j]", 2, "float32"),
+    ],
+)
+def test_what_is_not_read_by_tiles(source: str, axes: int, dtype: str) -> None:
+    array = contents(np.random.default_rng(0), dtype, (48,) * axes)
+    assert case(step({"array": array}, score=source)).program.streamable == ()
+
+
 def test_ranges_are_sound(tmp_path):
     cases = [random_case(n, mask=[mask]) for n, mask in enumerate(texts("mask", COUNT // 2))]
     emulated, decided = Emulated([each.program for each in cases], tmp_path), []

@@ -41,6 +41,7 @@ struct Multiplier {
   uint64 q_matrix, k_matrix, v_matrix;  // of the first stages
   HopperRows rows;
   uint32 q_turn = 0, turn = 0;  // the newest
+  uint32 streamed = 0;          // turns whose scores a variant has had an array brought for
   KeyTiles tiles{0, 0};         // of the newest query tile, that this warpgroup's rows see
   SeenByAll seen;
   HopperRows::ScoresAlong along;
@@ -223,11 +224,24 @@ struct Multiplier {
     if (Variant::kHasScore || Variant::kHasMask) {
       if (seldom(turned)) rows.multiply_scores(params.factor);  // before -inf is among them
       const Task& task = smem.known_task(q_turn);
-      rows.vary(params.variant, along, key, place & 1, [&](int row) { return task.coordinates(params, row); });
+      if (Variant::kStreams) smem.barriers.streamed_full[group].wait(streamed++);
+      rows.vary(params.variant, along, key, place & 1, [&](int row) { return task.coordinates(params, row); },
+                [&](Variant::ScoreReads& reads, int keys, int r) { fetch(reads, keys, r); });
       if (seldom(masked)) rows.mask(task.keys, key);
     } else if (seldom(masked || turned)) {
       if (turned) rows.multiply_scores(params.factor);
       if (masked) rows.mask(smem.known_task(q_turn).keys, key);
+    }
+  }
+
+  // What the tile that was brought for these scores has for row r of a lane and the 32 keys number `keys`. Each warp reads its own rows,
+  // and gives the place back with the last.
+  template <typename Reads> __device__ __forceinline__ void fetch(Reads& reads, int keys, int r) {
+    if constexpr (Variant::kStreams) {
+      reads.fetch([&](uint32(&words)[4]) { load_matrices(words, rows.streamed(smem.streamed(0), keys, r)); });
+      if (keys != (kBlockN - 1) / 32 || r + 1 != Products::kRows) return;
+      __syncwarp();  // all lanes have read theirs
+      if (threadIdx.x % 32 == 0) smem.barriers.streamed_empty[group].arrive();
     }
   }
 
@@ -287,6 +301,7 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
     prefetch(hopper.q);
     prefetch(hopper.k);
     prefetch(hopper.v);
+    if (Variant::kStreams) prefetch(hopper.streamed);
   }
   if (threadIdx.x == 0) {
     barriers.v_raw.init(1);
@@ -300,6 +315,10 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
         barriers.q_full[stage][group].init(1);
         barriers.q_empty[stage][group].init(1);
       }
+    }
+    for (int group = 0; Variant::kStreams && group < kGroups; ++group) {
+      barriers.streamed_full[group].init(1);
+      barriers.streamed_empty[group].init(128 / 32);
     }
     for (int stage = 0; stage < kStages; ++stage) {
       barriers.k_full[stage].init(1);
@@ -320,6 +339,9 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
     if (warp == 0) scheduler.run(jobs);
     if (warp == 1) Loader<false>{hopper, smem}.run();
     if (warp == 2) Loader<true>{hopper, smem}.run();
+    if constexpr (Variant::kStreams) {
+      if (warp == 3) Streamer<Variant>{hopper, smem}.run();
+    }
   } else {
     sync_block();
     take_registers<kRegisters>();

@@ -15,7 +15,7 @@ from ..gpu_arrays import capturing
 from ..jit import compile
 from ..jit import gpu as gpus
 from ..jit.launch import Plan, launch, load, workspace
-from ..jit.strides import fold
+from ..jit.strides import address, fold
 from . import plan, tensor_maps
 from .problem import PLAIN, BlockProblem, Operands, Problem, sum_dtype
 from .variants.program import Program
@@ -91,14 +91,15 @@ _UNUSED_STRIDE = 16  # of an axis that is not walked along
 @functools.lru_cache(maxsize=1024)
 def hopper_dtype(variant: Program = PLAIN) -> np.dtype:
     """The struct HopperParams of forward_sm90.cu, whose size is a multiple of its alignment."""
-    params = params_dtype("float32", variant)
-    begin = len(_MAPPED) * tensor_maps.MAP.itemsize
+    params, size = params_dtype("float32", variant), tensor_maps.MAP.itemsize
+    begin = len(_MAPPED) * size
+    end = begin + -(-params.itemsize // 64) * 64
     return np.dtype(
         {
-            "names": [*_MAPPED, "params"],
-            "formats": [*[tensor_maps.MAP] * len(_MAPPED), params],
-            "offsets": [*range(0, begin, tensor_maps.MAP.itemsize), begin],
-            "itemsize": begin + -(-params.itemsize // 64) * 64,
+            "names": [*_MAPPED, "params", "streamed"],
+            "formats": [*[tensor_maps.MAP] * len(_MAPPED), params, tensor_maps.MAP],
+            "offsets": [*range(0, begin, size), begin, end],
+            "itemsize": end + size,
         }
     )
 
@@ -185,7 +186,12 @@ def planned(
     stored = stored_by_tma(problem, ready, strides)
     # The axis of a map that is the second one of the batch is then the heads of a pack.
     packs = problem.batch[-2] == 1 and ready.q.strides[-3] != 0 and not problem.varlen
-    return problem, plan.choose(problem, gpu, output, copied(operands), against, stored, packs)
+    streams = next(
+        (slot for slot in problem.variant.streamable if has_tiles(problem, ready, strides, slot)),
+        None,
+    )
+    found = against, stored, packs, streams
+    return problem, plan.choose(problem, gpu, output, copied(operands), *found)
 
 
 def with_batch(problem: Problem, operands: Operands) -> Operands:
@@ -226,6 +232,33 @@ def stored_by_tma(
     if operands.out is None:  # nobody launches, and what would be allocated is contiguous
         return problem.head_dim_v % 8 == 0
     return readable(operands.out) and tensor_maps.fits(*axes(problem, operands.out, strides["out"]))
+
+
+def has_tiles(
+    problem: Problem, operands: Operands, strides: dict[str, tuple[int, ...]], slot: int
+) -> bool:
+    """Whether Hopper's copy engine can bring a variant's array by tiles of queries and keys.
+
+    Not where an index would be outside of the array: kernels move that to the nearest end.
+    """
+    if problem.varlen:
+        return False
+    array, axes_ = operands.values[slot], problem.variant.slots[slot].axes
+    least = (problem.heads, problem.len_q, problem.len_k)[-axes_:]
+    if any(length < needed for length, needed in zip(array.shape[-axes_:], least)):
+        return False
+    contiguous = array.shape[-1] == 1 or array.strides[-1] == array.itemsize
+    fits = tensor_maps.fits(*streamed_axes(problem, operands, strides, slot))
+    return contiguous and fits and address(array) % 16 == 0
+
+
+def streamed_axes(
+    problem: Problem, operands: Operands, strides: dict[str, tuple[int, ...]], slot: int
+) -> tuple[list[int], list[int]]:
+    """As `axes`, of a variant's array."""
+    array = operands.values[slot]
+    of_heads = array[None] if problem.variant.slots[slot].axes == 2 else array
+    return axes(problem, of_heads, strides.get(f"p{slot}", (0,) * BATCH_AXES))
 
 
 def axes(
@@ -572,8 +605,14 @@ def mapped(
         if pack > 1 and name in ("q", "out"):
             sizes, steps = packed(sizes, steps, pack)
             box = [pack, int(count) // pack, 1, 1]
-        address = int(filled[name]["data"])
-        hopper[name] = tensor_maps.encode(problem.dtype, address, sizes, steps, box)
+        at = int(filled[name]["data"])
+        hopper[name] = tensor_maps.encode(problem.dtype, at, sizes, steps, box)
+    slot = chosen.streamed
+    if slot is not None and operands.values[slot].size:
+        sizes, steps = streamed_axes(problem, operands, strides, slot)
+        dtype, at = problem.variant.slots[slot].dtype, int(filled["variant"][f"p{slot}"]["data"])
+        box = [plan.WARPGROUP, 1, 1, 1]
+        hopper["streamed"] = tensor_maps.encode(dtype, at, sizes, steps, box)
     return hopper
 
 

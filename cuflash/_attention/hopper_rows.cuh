@@ -168,6 +168,13 @@ struct HopperRows : Rows<HopperProducts> {
     return count < 32 ? (1u << count) - 1 : ~0u;
   }
 
+  // Where this lane's part of an 8 x 32 piece of a streamed tile is, for load_matrices, whose 8 x 8 matrices are the accumulator's: those
+  // of the keys from 32 `keys` on, and of the rows 8 r and following of a warp's.
+  static __device__ __forceinline__ uint32 streamed(uint32 tile, int keys, int r) {
+    const int lane = threadIdx.x % 32, row = Products::warp_row() + lane % 8, chunk = lane / 8 ^ lane % 8;
+    return (tile + row * 2 * kBox + chunk * 16 ^ keys % 2 * 64) + keys / 2 * StreamedTile::kBoxBytes + r * 8 * 2 * kBox;
+  }
+
   // The query tile's sums are complete: lse goes out. Gives what O is to be multiplied by: 0 for rows that saw no key, and for no others.
   __device__ __forceinline__ void close(const Params& params, const Task& task, T (&inverse)[Products::kRows]) {
 #pragma unroll

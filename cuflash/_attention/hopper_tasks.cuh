@@ -13,6 +13,7 @@ constexpr int kBox = 64;        // columns of 16 bits that TMA brings at a time:
 struct HopperParams {
   TensorMap q, k, v, out;  // (column, row, head, batch, batch) -> element, but see Task::corner; out only if kStaged
   Params params;
+  TensorMap streamed;  // likewise, a row of a column for each key; only if Variant::kStreams
 };
 
 // A tile in shared memory: kBox columns of all rows, then the next kBox.
@@ -30,6 +31,7 @@ using QTile = BoxedTile<kBlockM, kHeadDim>;  // each warpgroup's rows come, and 
 using KTile = BoxedTile<kBlockN, kHeadDim>;
 using VTile = BoxedTile<kBlockN, kHeadDimV>;
 using OTile = BoxedTile<kBlockM, kHeadDimV>;
+using StreamedTile = BoxedTile<kBlockM, kBlockN>;  // of an array that a variant reads by row and key, its rows as those of Q
 
 // The block goes to and fro over the query tiles, which come with those that see most keys first: so all blocks have as much to do. Where
 // variants hide places, or sequences have lengths of their own, nobody has foreseen how much that is, and each block takes what comes next.
@@ -77,7 +79,9 @@ struct Corner {
 
   template <typename T>
   __device__ __forceinline__ Corner(const Strided<T>& array, int row, int head, const int (&batch)[2])
-      : at{row, place(head, array.head), place(batch[0], array.batch[kBatchAxes - 1]), place(batch[1], array.batch[kBatchAxes - 2])} {}
+      : Corner(array.head, array.batch, row, head, batch) {}
+  __device__ __forceinline__ Corner(int64 of_head, const int64 (&of_batch)[kBatchAxes], int row, int head, const int (&batch)[2])
+      : at{row, place(head, of_head), place(batch[0], of_batch[kBatchAxes - 1]), place(batch[1], of_batch[kBatchAxes - 2])} {}
   static __device__ __forceinline__ int place(int at, int64 stride) { return stride == 0 ? 0 : at; }
 };
 
@@ -197,14 +201,16 @@ constexpr int kTasks = 4;  // known at a time: one is being stored, one exponent
 
 struct SharedMemory {
   static constexpr int kQ = 0, kK = kQStages * QTile::kBytes, kV = kK + kStages * KTile::kBytes;
-  static constexpr int kO = kV + kStages * VTile::kBytes;
-  static constexpr int kBarriers = kO + (kStaged ? OTile::kBytes : 0), kTaskList = kBarriers + 384, kBytes = kTaskList + 384;
+  static constexpr int kO = kV + kStages * VTile::kBytes, kStreamed = kO + (kStaged ? OTile::kBytes : 0);
+  static constexpr int kBarriers = kStreamed + (Variant::kStreams ? StreamedTile::kBytes : 0);
+  static constexpr int kTaskList = kBarriers + 384, kBytes = kTaskList + 384;
 
   struct Barriers {
     Barrier task_full[kTasks], task_empty[kTasks], q_full[kQStages][kGroups], q_empty[kQStages][kGroups];
     Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_raw;
     Barrier begun;  // the first K has come; V and the second Q wait for that
     int keys[2 * kStages];  // where variants hide places: the first key of a turn's tile, plus 1 if it is partial
+    Barrier streamed_full[kGroups], streamed_empty[kGroups];
   };
   static_assert(sizeof(Barriers) <= kTaskList - kBarriers && kTasks * sizeof(Task) <= kBytes - kTaskList, "both have room");
 
@@ -217,6 +223,7 @@ struct SharedMemory {
   }
   __device__ __forceinline__ uint32 k(uint32 turn) const { return base + kK + turn % kStages * KTile::kBytes; }
   __device__ __forceinline__ uint32 v(uint32 turn) const { return base + kV + turn % kStages * VTile::kBytes; }
+  __device__ __forceinline__ uint32 streamed(int row) const { return base + kStreamed + row * 2 * kBox; }
 
   // Warps of a warpgroup may still read it when the place of K is given back, but not a turn later.
   __device__ __forceinline__ int& key_of(uint32 turn) const { return barriers.keys[turn % (2 * kStages)]; }
@@ -235,13 +242,13 @@ __device__ __forceinline__ int in_common(int x) { return __shfl_sync(0xffffffffu
 // Has kRows rows of a tile brought, all their boxes, by one lane of a warp, once all lanes have come here: one that lagged two phases
 // behind would wait for ever.
 template <typename Tile, int kRows>
-__device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, Barrier& barrier, const Corner& corner) {
+__device__ __forceinline__ void bring_tile(uint32 to, const TensorMap& map, Barrier& barrier, const Corner& corner, int column = 0) {
   __syncwarp();  // all lanes have seen the barriers before
   if (threadIdx.x % 32 != 0) return;
   barrier.expect(kRows * 2 * kBox * Tile::kBoxes);
 #pragma unroll
   for (int box = 0; box < Tile::kBoxes; ++box) {
-    bring(to + box * Tile::kBoxBytes, map, barrier, box * kBox, corner.at[0], corner.at[1], corner.at[2], corner.at[3]);
+    bring(to + box * Tile::kBoxBytes, map, barrier, column + box * kBox, corner.at[0], corner.at[1], corner.at[2], corner.at[3]);
   }
 }
 
@@ -375,5 +382,53 @@ template <bool kIsV> struct Loader {
         asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
       }
     }
+  }
+};
+
+// A warp that has tiles brought of the array that a variant reads by row and key: of each warpgroup's rows by themselves, and only those
+// of its own turns. There is one place for each. It is read as soon as the scores are there and given back at once, so that the next tile
+// has until the next scores. A template, for `Own` has such an array only where kStreams.
+template <typename Own> struct Streamer {
+  const HopperParams& hopper;
+  SharedMemory smem;
+  uint32 phases = ~0u;  // of each warpgroup's place: the lowest bit of the one that must be over
+
+  // The task is not copied, for want of registers. It stays where it is until the tile that comes last has been read, and that has rows of
+  // some warpgroup: whose those are is looked up before the first of them is brought.
+  __device__ __forceinline__ void run() {
+    for (uint32 number = 0;; ++number) {
+      const Task& task = smem.task(number);
+      if (task.keys.rows == 0) return;
+#pragma unroll 1
+      for (Walk walk(task, hopper.params.bits); walk.next();) {
+        const uint32 wanted = groups_of(task, walk.tile);
+#pragma unroll 1
+        for (int group = 0; group < kGroups; ++group) {
+          if (wanted & 1u << group) bring_rows(task, group, walk.tile * kBlockN);
+        }
+      }
+    }
+  }
+
+  // A bit for each warpgroup that goes through a tile. Where variants hide places, `own` counts those that are visited, all or none.
+  static __device__ __forceinline__ uint32 groups_of(const Task& task, int tile) {
+    uint32 bits = 0;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const KeyTiles& own = task.own[group];
+      const bool goes = own.count > 0 && (Own::kHasMask || (own.first <= tile && tile <= own.last()));
+      bits |= uint32(goes) << group;
+    }
+    return bits;
+  }
+
+  __device__ __forceinline__ void bring_rows(const Task& task, int group, int key) {
+    const Own& variant = hopper.params.variant;
+    const int row = group * kGroupRows;
+    smem.barriers.streamed_empty[group].wait(phases >> group);
+    phases ^= 1u << group;
+    bring_tile<StreamedTile, kGroupRows>(
+        smem.streamed(row), hopper.streamed, smem.barriers.streamed_full[group],
+        Corner(variant.streamed_head(), variant.streamed().batch, task.row + row, task.head, task.batch), key);
   }
 };

@@ -36,9 +36,12 @@ class AttentionPlan(Plan):
         Query heads that share keys and whose rows alternate in a query tile.
     narrower : AttentionPlan or None
         The same with fewer keys a tile, for a variant that needs many registers.
+    streamed : int or None
+        The variant's slot whose array blocks have brought to shared memory, tile by tile.
     """
 
     pack: int = 1
+    streamed: int | None = None
     narrower: AttentionPlan | None = None
 
     def load(self) -> cupy.RawKernel:
@@ -138,6 +141,8 @@ class Engine:
         Blocks, one for each place on the GPU, go through all query tiles.
     exact : bool
         As of a Kernel.
+    streaming : tuple of (int, Tile)
+        Those that leave room for a tile of a variant's array, as ``tiles``.
     """
 
     file: str
@@ -151,6 +156,7 @@ class Engine:
     barriers: int = 0
     persistent: bool = False
     exact: bool = False
+    streaming: tuple[tuple[int, Tile], ...] = ()
 
 
 # Where blocks go through many query tiles, what they have to do is foreseen:
@@ -182,6 +188,17 @@ _HOPPER = Engine(
         (192, Tile(128, 96, 8, 2, 1)),
         (192, Tile(128, 64, 8, 2, 1)),
         (256, Tile(128, 80, 8, 2, 1, drops=False)),
+        (256, Tile(128, 64, 8, 2, 1)),
+    ),
+    # A place for the next Q makes room at 128, and one for K and V at 64: docs/hopper.rst.
+    streaming=(
+        (64, Tile(192, 128, 12, 3, 1, query_stages=2)),
+        (64, Tile(192, 96, 12, 3, 1, query_stages=2)),
+        (64, Tile(192, 64, 12, 4, 1, query_stages=2)),
+        (128, Tile(128, 128, 8, 2, 1)),
+        (128, Tile(128, 64, 8, 2, 1, query_stages=2)),
+        (192, Tile(128, 96, 8, 2, 1)),
+        (192, Tile(128, 64, 8, 2, 1)),
         (256, Tile(128, 64, 8, 2, 1)),
     ),
     loaders=4,
@@ -291,6 +308,7 @@ def choose(
     obstacle: str | None = None,
     stored_by_tma: bool = True,
     packs: bool = True,
+    streams: int | None = None,
 ) -> AttentionPlan:
     """Plan one launch.
 
@@ -308,35 +326,42 @@ def choose(
         Whether nothing keeps it from writing the output.
     packs : bool
         Whether it can bring heads that share keys as rows of one tile.
+    streams : int or None
+        The variant's slot whose array it can bring.
     """
     engine, why = _engine(problem, gpu, obstacle)
     if problem.variant.steps:
         why = f"{why}; with {problem.variant}"
     if problem.dropout:
         why = f"{why}; with dropout"
+    names = [name for step in problem.variant.steps for name, _ in step.kinds]  # of the slots
 
-    def planned(tile: Tile) -> AttentionPlan:
+    def planned(tile: Tile, streamed: int | None = None) -> AttentionPlan:
         if not engine.persistent:
             return plan(problem, output, engine, tile, why, copies)
-        fits = shared_memory(engine, problem, tile, staged=True) <= gpu.shared_memory_per_block
-        staged = stored_by_tma and BYTES[output] == 2 and fits
+        size = shared_memory(engine, problem, tile, True, streamed is not None)
+        staged = stored_by_tma and BYTES[output] == 2 and size <= gpu.shared_memory_per_block
         places = tile.blocks * gpu.multiprocessors
-        # Packed heads' rows alternate, but blocks may be a head's own, and dropout decides about
-        # pairs of rows of one head.
+        # Packed heads' rows alternate, but blocks may be a head's own, dropout decides about pairs
+        # of rows of one head, and tiles of a bias are of one head.
         apart = problem.dropout or (problem.variant.blocks and problem.variant.mask_names("h"))
+        apart = apart or streamed is not None
         pack = best_pack(problem, tile, places) if packs and not apart else 1
-        return plan(problem, output, engine, tile, why, copies, places, staged, pack)
+        reason = why if streamed is None else f"{why}; {names[streamed]} by tiles"
+        return plan(problem, output, engine, tile, reason, copies, places, staged, pack, streamed)
 
-    found = _tiles(engine, problem, gpu)
+    found = [planned(tile) for tile in _tiles(engine, problem, gpu)]
     if not found:
         raise RuntimeError(
             f"no tile of {engine.file} serves head dim {widest(problem)} on {gpu.name}"
         )
-    first, *others = found
-    chosen: AttentionPlan | None = None
-    for tile in reversed(others):
-        chosen = replace(planned(tile), narrower=chosen)
-    return replace(planned(first), narrower=chosen)
+    if streams is not None and engine.streaming and found[0].pack == 1:
+        tiles = _tiles(engine, problem, gpu, streamed=True)
+        found = [planned(tile, streams) for tile in tiles] + found
+    chosen = found.pop()
+    while found:
+        chosen = replace(found.pop(), narrower=chosen)
+    return chosen
 
 
 def _engine(problem: Problem, gpu: Gpu, obstacle: str | None) -> tuple[Engine, str]:
@@ -400,7 +425,7 @@ def parts(engine: Engine, problem: Problem, tile: Tile) -> int:
     return -(-head_dims(engine, problem, tile)[1] // tile.columns)
 
 
-def _tiles(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
+def _tiles(engine: Engine, problem: Problem, gpu: Gpu, streamed: bool = False) -> list[Tile]:
     """The first tile that serves the head dims and of which enough blocks fit, if there is one.
 
     Where a mask is made of blocks, it is the first one that divides them, if there is one: tiles
@@ -408,7 +433,7 @@ def _tiles(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
     variants, come those of fewer and fewer keys, in case that the first one spills.
     """
     blocks = problem.variant.blocks
-    serving = _serving(engine, problem, gpu)
+    serving = _serving(engine, problem, gpu, streamed)
     dividing = [tile for tile in serving if blocks and tile.divides(blocks)]
     found: list[Tile] = []
     for tile in dividing or [tile for tile in serving if not tile.for_blocks]:
@@ -417,16 +442,17 @@ def _tiles(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
     return found
 
 
-def _serving(engine: Engine, problem: Problem, gpu: Gpu) -> list[Tile]:
+def _serving(engine: Engine, problem: Problem, gpu: Gpu, streamed: bool) -> list[Tile]:
     """The tiles that serve the head dims and of which enough blocks fit, the best first."""
     found: list[Tile] = []
     reserved = gpu.shared_memory_per_multiprocessor - gpu.shared_memory_per_block  # of each block's
-    for head_dim, tile in engine.tiles:
+    for head_dim, tile in engine.streaming if streamed else engine.tiles:
         serves = widest(problem) <= head_dim and tile.since <= gpu.arch
         serves = serves and tile.drops >= problem.dropout
         if tile.parts > 1:  # without a second part, half the warps would be missing
             serves = serves and parts(engine, problem, tile) > 1
-        together = tile.blocks * (shared_memory(engine, problem, tile) + reserved)
+        size = shared_memory(engine, problem, tile, streamed=streamed)
+        together = tile.blocks * (size + reserved)
         if serves and together <= gpu.shared_memory_per_multiprocessor:
             found.append(tile)
     return found
@@ -445,12 +471,17 @@ def best_pack(problem: Problem, tile: Tile, places: int) -> int:
     return min(sizes, key=rounds)
 
 
-def shared_memory(engine: Engine, problem: Problem, tile: Tile, staged: bool = False) -> int:
-    """Bytes a block: Q, then each stage's K and V, then O where it is staged, then barriers."""
+def shared_memory(
+    engine: Engine, problem: Problem, tile: Tile, staged: bool = False, streamed: bool = False
+) -> int:
+    """Bytes a block: Q, each stage's K and V, O where it is staged, a variant's tile, barriers."""
     size = engine.operand_bytes or BYTES[problem.dtype]
-    d, d_v = (-(-dim // engine.box) * engine.box for dim in head_dims(engine, problem, tile))
+    d, d_v, keys = (
+        -(-dim // engine.box) * engine.box for dim in (*head_dims(engine, problem, tile), tile.keys)
+    )
     queries = tile.query_stages * tile.queries
-    elements = queries * d + tile.stages * tile.keys * (d + d_v) + staged * tile.queries * d_v
+    elements = queries * d + tile.stages * tile.keys * (d + d_v)
+    elements += tile.queries * (staged * d_v + streamed * keys)
     return size * elements + engine.barriers
 
 
@@ -464,6 +495,7 @@ def plan(
     places: int | None = None,
     staged: bool = False,
     pack: int = 1,
+    streamed: int | None = None,
 ) -> AttentionPlan:
     """Spell out a chosen tile as a launch, of as many blocks at most as there are places."""
     d, d_v = head_dims(engine, problem, tile)
@@ -497,24 +529,27 @@ def plan(
         holds_scores = d_v <= WEIGHTS_FIRST and not problem.variant.reworks
         # Where O is stored from registers, they hold either the scores or what dropout needs.
         constants["kWeightsFirst"] = holds_scores and (staged or not problem.dropout)
-    if problem.variant.blocks_decide:  # then a tile has one element of each, and is known exactly
-        constants["kWholeBlocks"] = tile.divides(problem.variant.blocks)
+    variant = problem.variant
+    if variant.blocks_decide:  # then a tile has one element of each, and is known exactly
+        constants["kWholeBlocks"] = tile.divides(variant.blocks)
+    text = variant.text if streamed is None else variant.streaming(streamed)
     return AttentionPlan(
         kernel=Kernel(
             engine.file,
             "attention_forward",
             (*constants.items(), *engine.constants),
             exact=engine.exact,
-            generated=problem.variant.text,
+            generated=text,
         ),
         grid=(blocks if places is None else min(blocks, places), 1, 1),
         threads=32 * (warps + engine.loaders),
-        shared_memory=shared_memory(engine, problem, tile, staged),
+        shared_memory=shared_memory(engine, problem, tile, staged, streamed is not None),
         bytes=traffic(problem, output),
         operations=2 * (problem.head_dim + problem.head_dim_v) * visible(problem) * pairs,
         why=why,
         copies=copies,
         pack=pack,
+        streamed=streamed,
     )
 
 

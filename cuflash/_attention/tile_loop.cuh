@@ -265,6 +265,11 @@ template <typename T, int kRows, int kColumns> __device__ __forceinline__ void z
     for (int c = 0; c < kColumns; ++c) x[r][c] = 0;
 }
 
+// Where nothing that a variant reads has been brought to shared memory.
+struct NothingToFetch {
+  template <typename Reads> __device__ __forceinline__ void operator()(Reads&, int, int) const {}
+};
+
 template <typename Products> struct Rows {
   using T = typename Products::T;
   T s[Products::kRows][Products::kScores];
@@ -307,9 +312,10 @@ template <typename Products> struct Rows {
     }
   }
 
-  // Scores become what `change(score, at, step, reads, c)` makes of them, for the key at.key + step.
-  template <typename Reads, typename Where, typename Change>
-  __device__ __forceinline__ void change_scores(Along<Reads>& along, int first_key, Where place, Change change) {
+  // Scores become what `change(score, at, step, reads, c)` makes of them, for the key at.key + step. `fetch(reads, n, r)` completes what
+  // is read of row r and the n-th 32 keys.
+  template <typename Reads, typename Where, typename Change, typename Fetch = NothingToFetch>
+  __device__ __forceinline__ void change_scores(Along<Reads>& along, int first_key, Where place, Change change, Fetch fetch = {}) {
     Variant::Coordinates at[Products::kRows];
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {
@@ -320,7 +326,10 @@ template <typename Products> struct Rows {
     for (int c = 0; c < Products::kScores; ++c) {  // what is read by key serves all rows
 #pragma unroll
       for (int r = 0; r < Products::kRows; ++r) {
-        if (kPairs && c % 8 == 0) along.at[c / 8][r].exchange();
+        if (kPairs && c % 8 == 0) {
+          along.at[c / 8][r].exchange();
+          fetch(along.at[c / 8][r], c / 8, r);
+        }
         s[r][c] = change(s[r][c], at[r], Products::key(c) - Products::key(0), along.at[c / 8][r], c % 8);
       }
     }
@@ -328,13 +337,15 @@ template <typename Products> struct Rows {
 
   // Scores become what the variant makes of them, with what was looked up for them, and -inf where its mask hides them, which it does
   // nowhere in a tile that is not partial.
-  template <typename Where>
-  __device__ __forceinline__ void vary(const Variant& variant, ScoresAlong& along, int first_key, bool partial, Where place) {
+  template <typename Where, typename Fetch = NothingToFetch>
+  __device__ __forceinline__ void vary(const Variant& variant, ScoresAlong& along, int first_key, bool partial, Where place,
+                                       Fetch fetch = {}) {
     using At = const Variant::Coordinates&;
     if (Variant::kHasScore) {
-      change_scores(along, first_key, place, [&](T score, At at, int step, const Variant::ScoreReads& reads, int c) {
+      const auto change = [&](T score, At at, int step, const Variant::ScoreReads& reads, int c) {
         return variant.score<kPairs>(score, at, step, reads, c);
-      });
+      };
+      change_scores(along, first_key, place, change, fetch);
     }
     if (Variant::kHasMask && partial) {
       MaskAlong mask;

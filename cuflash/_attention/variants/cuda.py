@@ -39,7 +39,7 @@ struct Variant {{
 {members}  int64 entries[expression::kBatchAxes];  // what a step along each axis adds to b
   int64 first;                            // b of the launch's first entry
 
-{score_reads}{mask_reads}
+{streamed}{score_reads}{mask_reads}
   // log2(e) times what becomes of q k, for the key at.key + step.
   // `c`: which of this lane's elements of 32 keys that is.
   template <bool kPairs>
@@ -61,7 +61,16 @@ _READS = """
     __device__ __forceinline__ void load(const Variant& variant, const Coordinates& at, int key) {{
 {loads}    }}
     __device__ __forceinline__ void exchange() {{{exchanges} }}
-  }};
+{fetches}  }};
+"""
+_FETCH = """    // `read` finds the words of this lane's elements, in shared memory.
+    template <typename Read> __device__ __forceinline__ void fetch(Read read) {{
+      read({name}.words);
+    }}
+"""
+_STREAMED = """  // The array that is in shared memory, tile by tile, and its stride along heads.
+  __device__ __forceinline__ const {type}& streamed() const {{ return {name}; }}
+  __device__ __forceinline__ int64 streamed_head() const {{ return {head}; }}
 """
 _APPROXIMATE = ("exp", "log", "tanh", "sqrt")
 _SMALL = 1 << 20  # constants that may be added to a difference of places without wrapping
@@ -88,20 +97,25 @@ class Trees:
         return replace(self, names={name: f"variant.{slot}" for name, slot in self.names.items()})
 
 
-def struct(variants: Sequence[Trees], slots: Sequence[Kind]) -> str:
-    """The struct Variant for variants that follow one another, with `slots` p0, p1, ... in it."""
+def struct(variants: Sequence[Trees], slots: Sequence[Kind], streamed: int | None = None) -> str:
+    """The struct Variant for variants that follow one another, with `slots` p0, p1, ... in it.
+
+    Of the slot `streamed`, what scores read by row and key is in shared memory.
+    """
     scores = [each for each in variants if each.score]
     sinks = [Writer(each).scaled(each.sink, (LOG2_E,)) for each in variants if each.sink]
-    score_reads, mask_reads = Reads(), Reads()
+    score_reads, mask_reads = Reads(None if streamed is None else f"p{streamed}"), Reads()
     masks = [_mask(each, mask_reads) for each in variants if each.places]
     lines = [
         f"static constexpr bool kHasScore = {_bool(scores)}, kHasMask = {_bool(masks)};",
         f"static constexpr bool kHasSink = {_bool(sinks)};",
+        f"static constexpr bool kStreams = {_bool(streamed is not None)};",
         *(f"{_declaration(kind)} p{number};" for number, kind in enumerate(slots)),
     ]
     scored = _scores(scores, score_reads)
     return _STRUCT.format(
         members="".join(f"  {line}\n" for line in lines),
+        streamed="" if streamed is None else _streamed(slots[streamed], f"p{streamed}"),
         score_reads=score_reads.text("ScoreReads"),
         mask_reads=mask_reads.text("MaskReads"),
         scores="".join(f"    score = {text};\n" for text in scored),
@@ -117,6 +131,22 @@ def _mask(variant: Trees, reads: Reads) -> str:
     return f"(kWholeBlocks || {text})" if variant.blocks_decide else text
 
 
+def _streamed(kind: Kind, name: str) -> str:
+    head = f"{name}.strides[0]" if kind.axes == 3 else "0"
+    return _STREAMED.format(type=_declaration(kind), name=name, head=head)
+
+
+def streamable(variants: Sequence[Trees]) -> list[str]:
+    """The arrays, by the names of their slots, of which scores read tiles: by row and key."""
+    return [
+        each.names[node.value]
+        for each in variants
+        if each.score
+        for node in _all(each.score)
+        if node.operation == "element" and _is_of_tile(node.operands)
+    ]
+
+
 def _scores(variants: Sequence[Trees], reads: Reads) -> list[str]:
     """What becomes of a score, step by step: the first has the scale to apply, the last log2(e)."""
     texts = []
@@ -129,10 +159,19 @@ def _scores(variants: Sequence[Trees], reads: Reads) -> list[str]:
 
 
 class Reads:
-    """The elements that are read along the keys, 32 keys at a time."""
+    """The elements that are read along the keys, 32 keys at a time.
 
-    def __init__(self) -> None:
+    Of the array `streamed`, a kernel has tiles brought to shared memory by itself.
+    """
+
+    def __init__(self, streamed: str | None = None) -> None:
         self.members: dict[tuple[str, str], tuple[str, str]] = {}  # by what is read: name, type
+        self.streamed = streamed
+        self.tile = ""  # the member for what is read of its tiles
+
+    def brings(self, array: str, places: Sequence[Node]) -> bool:
+        """Whether what stands in an array at some places is in shared memory."""
+        return array == self.streamed and _is_of_tile(places)
 
     def name(self, array: str, kind: Kind, indices: str) -> str:
         """The member for what stands in an array at some indices and the key."""
@@ -145,6 +184,8 @@ class Reads:
         members, loads, exchanges = [], [], []
         for (array, indices), (name, kind) in self.members.items():
             members.append(f"    {kind} {name};\n")
+            if name == self.tile:
+                continue
             loads.append(f"      {name} = variant.{array}.pairs(at.entry, key{indices});\n")
             exchanges.append(f" {name}.exchange();")
         return _READS.format(
@@ -152,6 +193,7 @@ class Reads:
             members="".join(members),
             loads="".join(loads),
             exchanges="".join(exchanges),
+            fetches=_FETCH.format(name=self.tile) if self.tile else "",
         )
 
 
@@ -237,10 +279,15 @@ class Writer:
         if _is_key(places[-1]) and kind.keys:
             others = "".join(f", {self.value(place)}" for place in places[:-1])
             read = f"{name}.along(at.entry, at.key, step{others})"
-            if self.reads and kind.aligned and all(map(_same_for_all_keys, places[:-1])):
+            brought = self.reads is not None and self.reads.brings(name, places)
+            in_pairs = kind.aligned and all(map(_same_for_all_keys, places[:-1]))
+            if self.reads and (brought or in_pairs):
                 outside = Writer(self.variant.seen_from_outside())
                 indices = "".join(f", {outside.value(place)}" for place in places[:-1])
-                read = f"(kPairs ? reads.{self.reads.name(name, kind, indices)}.at(c) : {read})"
+                member = self.reads.name(name, kind, indices)
+                if brought:
+                    self.reads.tile = member
+                read = f"(kPairs ? reads.{member}.at(c) : {read})"
         else:
             read = f"{name}.at(at.entry, {', '.join(self.value(place) for place in places)})"
         return f"expression::Value<Number>::of({read})"
@@ -285,6 +332,12 @@ def _bool(value: object) -> str:
 
 def _is_key(node: Node) -> bool:
     return node.operation == "coordinate" and node.value == "j"
+
+
+def _is_of_tile(places: Sequence[Node]) -> bool:
+    """Whether an element stands at [row, j] or [h, row, j]."""
+    named = [place.value if place.operation == "coordinate" else None for place in places]
+    return named in (["row", "j"], ["h", "row", "j"])
 
 
 def _same_for_all_keys(node: Node) -> bool:

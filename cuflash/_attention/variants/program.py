@@ -64,6 +64,16 @@ class Program:
     def __str__(self) -> str:
         return ", ".join(step.name for step in self.steps)
 
+    @functools.cached_property
+    def streamable(self) -> tuple[int, ...]:
+        """The slots of arrays of 16 bits that scores read by row and key, tile by tile."""
+        slots = dict.fromkeys(int(name[1:]) for name in cuda.streamable(self.trees))
+        return tuple(slot for slot in slots if self.slots[slot].dtype in ("float16", "bfloat16"))
+
+    def streaming(self, slot: int) -> str:
+        """The text for a kernel that has tiles of this slot's array in shared memory."""
+        return cuda.struct(self.trees, self.slots, slot)
+
     @property
     def has_score(self) -> bool:
         return any(each.score for each in self.trees)

@@ -54,19 +54,20 @@ def precision(value: Any, dtype: str) -> str | None:
 
 def dropout(value: Any, seed: Any) -> Dropout | None:
     """Return what is dropped, None where nothing is."""
+    chance: Any = 0 if value is None else value
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, type(None))):
         raise TypeError(f"`dropout` must be a real number or None, not {value!r}")
-    if value is not None and not 0 <= float(value) < 1:
+    if not 0 <= chance < 1:
         raise ValueError(f"`dropout` must be at least 0 and below 1, not {value!r}")
-    if seed is None and not value:
+    if seed is None and not chance:
         return None
     if not is_int(seed):
         raise TypeError(f"`seed` must be an int, which `dropout` needs, not {seed!r}")
     if not 0 <= seed < 2**64:
         raise ValueError(f"`seed` must be from 0 to {2**64 - 1}, not {seed!r}")
-    if not value:
+    if not chance:
         return None
-    return Dropout(min(max(round(float(value) * STEPS), 1), STEPS - 1), int(seed))
+    return Dropout(min(max(round(float(chance) * STEPS), 1), STEPS - 1), int(seed))
 
 
 def window_sides(window: Any) -> tuple[int | None, int | None]:

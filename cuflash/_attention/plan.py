@@ -254,7 +254,8 @@ _TF32_SPLIT = Engine("_attention/forward_fp32.cu", _TF32_TILES, constants=(("kSp
 _DMMA = Engine(
     "_attention/forward_fp64.cu",
     (
-        (64, Tile(128, 64, 8, 1, 1)),
+        (64, Tile(128, 64, 8, 1, 1, drops=False)),
+        (64, Tile(128, 32, 8, 1, 1)),
         (128, Tile(128, 16, 8, 1, 1)),
         (128, Tile(64, 16, 4, 1, 1)),
         (256, Tile(64, 16, 4, 1, 1, columns=128)),

@@ -33,6 +33,7 @@ def compile_one(dtype: str, head_dim: int, head_dim_v: int) -> None:
     q, k = (cp.zeros((1, 16, head_dim), DTYPES[dtype]) for _ in range(2))
     v = cp.zeros((1, 16, head_dim_v), DTYPES[dtype])
     cuflash.warmup(cuflash.attention, q, k, v)
+    cuflash.warmup(cuflash.attention, q, k, v, dropout=0.5, seed=0)
     if dtype == "float32":
         cuflash.warmup(cuflash.attention, q, k, v, precision="tf32")
     if dtype in ("float16", "bfloat16"):

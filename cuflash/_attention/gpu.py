@@ -134,7 +134,7 @@ def forward(problem: Problem, operands: Operands) -> None:
     problem, chosen = planned(problem, operands, ready)
     if 0 in chosen.grid:
         return
-    load([*ahead(problem, chosen), chosen])
+    load([*ahead(problem, chosen), *chosen.candidates()])
     chosen = chosen.settled()
     for index in np.ndindex(shape[:-BATCH_AXES]):  # more than one only where axes do not collapse
         filled = params(problem, chosen, ready, strides, index)

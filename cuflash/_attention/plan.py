@@ -48,18 +48,20 @@ class AttentionPlan(Plan):
         """The compiled kernel of what this settles to."""
         return super(AttentionPlan, self.settled()).load()
 
+    def candidates(self) -> list[AttentionPlan]:
+        """This plan and all narrower ones."""
+        return [self, *([] if self.narrower is None else self.narrower.candidates())]
+
     def settled(self) -> AttentionPlan:
         """This plan, or the first narrower one whose kernel does not spill, or spills least."""
         if self.narrower is None:
             return self
         tried: list[tuple[int, AttentionPlan]] = []
-        chosen: AttentionPlan | None = self
-        while chosen is not None:
+        for chosen in self.candidates():
             spilled = _local_memory(chosen)
             if spilled == 0:
                 return chosen
             tried.append((spilled, chosen))
-            chosen = chosen.narrower
         return min(tried, key=lambda each: each[0])[1]
 
 
@@ -527,7 +529,8 @@ def plan(
     }
     if engine.persistent:
         constants |= {"kQStages": tile.query_stages, "kStaged": staged}
-        holds_scores = d_v <= WEIGHTS_FIRST and not problem.variant.reworks
+        # What becomes of scores takes registers of its own: 28 to 328 bytes would spill.
+        holds_scores = d_v <= WEIGHTS_FIRST and not problem.variant.has_score
         # Where O is stored from registers, they hold either the scores or what dropout needs.
         constants["kWeightsFirst"] = holds_scores and (staged or not problem.dropout)
     variant = problem.variant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,20 +59,23 @@ class Plan:
 
 
 def load(plans: Sequence[Plan]) -> None:
-    """Have the kernels of a call compiled side by side, on the current device, if any are new."""
-    new = [plan for plan in plans if not compile.known(plan.kernel)]
-    if len(new) < 2:
-        return  # its launch will do it
+    """Compile a call's kernels, and those that may take their place, side by side, if all are new.
+
+    Only where there are cores for all of them: what is not loaded here will be when it is asked
+    for.
+    """
+    if (os.cpu_count() or 1) < len(plans) or any(compile.known(plan.kernel) for plan in plans):
+        return
     import cupy
 
     device = cupy.cuda.runtime.getDevice()
 
     def load_one(plan: Plan) -> None:
         with cupy.cuda.Device(device):
-            plan.load()
+            compile.load(plan.kernel, gpu.current(), plan.shared_memory)
 
-    with ThreadPoolExecutor(len(new)) as pool:
-        for done in [pool.submit(load_one, plan) for plan in new]:
+    with ThreadPoolExecutor(len(plans)) as pool:
+        for done in [pool.submit(load_one, plan) for plan in plans]:
             done.result()
 
 

@@ -110,11 +110,6 @@ class Program:
         return any(each.blocks_decide for each in self.trees)
 
     @property
-    def reworks(self) -> bool:
-        """Whether scores are not what the products gave, or some are hidden by an expression."""
-        return self.has_score or self.has_mask
-
-    @property
     def has_sink(self) -> bool:
         return any(each.sink for each in self.trees)
 

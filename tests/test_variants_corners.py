@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from calling import attend, host, judge
 from strategies import DTYPES, Problem, materialise
+from tolerance import ROUNDOFF
 
 import cuflash
 from cuflash import Variant
@@ -49,7 +50,10 @@ def test_sinks_without_bound(xp, dtype):
     for lengths in (300, 0):
         out, lse = map(host, attend(call, xp, sinks=sinks, kv_lengths=lengths))
         plain, plain_lse = map(host, attend(call, xp, kv_lengths=lengths))
-        np.testing.assert_array_equal(out[:, 0], plain[:, 0])
+        # The kernel with sinks may have other tiles, and so round otherwise.
+        unit = 4 * ROUNDOFF[dtype]
+        alike = (each[:, 0].astype(np.float64) for each in (out, plain))
+        np.testing.assert_allclose(*alike, rtol=unit, atol=unit)
         np.testing.assert_allclose(lse[:, 0], plain_lse[:, 0], rtol=1e-6)
         assert np.isnan(out[:, 1]).all()
         assert np.isnan(lse[:, 1]).all()

@@ -153,18 +153,18 @@ __device__ __forceinline__ auto element(const expression::Array<T, kAxes, kUnit>
                                         Index... indices) {
   using Value = expression::Value<Number>;
   const Box<kAxes> box(array, indices...);
-  const T* data = array.begin(entry);
   if (box.all > kMostElements) return of_any(Value::of(T()));
-  decltype(of_value(Value::of(*data))) found = {};
-  for (int number = 0; number < int(box.all); ++number) {
+  const T* first = array.begin(entry);
+  for (int axis = 0; axis < kAxes; ++axis) first += box.first[axis] * array.stride(axis);
+  auto found = of_value(Value::of(expression::constant(first)));
+  for (int number = 1; number < int(box.all); ++number) {  // often there is but one, and nothing to divide
     int64 place = 0;
     int rest = number;
     for (int axis = kAxes - 1; axis >= 0; --axis) {
-      place += (box.first[axis] + rest % box.count[axis]) * array.stride(axis);
+      place += rest % box.count[axis] * array.stride(axis);
       rest /= box.count[axis];
     }
-    const auto value = of_value(Value::of(expression::constant(data + place)));
-    found = number == 0 ? value : join(found, value);
+    found = join(found, of_value(Value::of(expression::constant(first + place))));
   }
   return found;
 }

@@ -5,6 +5,8 @@ No GPU is needed, only NVRTC: the code is compiled, not run.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from cuflash._attention import plan as attention_plan
@@ -94,6 +96,17 @@ def attention_plans(arch: int, kind: str) -> list[Plan]:
 def test_attention_compiles_without_spills(arch: int, kind: str) -> None:
     for chosen in attention_plans(arch, kind):
         check(chosen, arch)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_packed_sequences_compile_without_spills(arch: int, dtype: str) -> None:
+    model = gpu.of_arch(arch)
+    for d in (64, 128, 256):
+        asked = dataclasses.replace(problem(dtype, d, d), batch=(1, 1, 1, 5), varlen=True)
+        chosen = attention_plan.choose(asked, model, dtype, packs=False)
+        check(chosen, arch)
+    check(attention_plan.sequences(asked, chosen), arch)
 
 
 def check(chosen: Plan, arch: int) -> None:

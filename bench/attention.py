@@ -161,24 +161,28 @@ def reference(
 
 
 def weighed(
-    scores: np.ndarray, v: np.ndarray, dtype: str, sink: float = -math.inf
+    scores: np.ndarray,
+    v: np.ndarray,
+    dtype: str,
+    sink: float = -math.inf,
+    kept: np.ndarray | float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return rows of attention in float64 from their scores, and the error allowed in each row.
 
     Allowed is twice the error of arithmetic that keeps scores and sums in float32 and rounds
     the weights and the result to the dtype, and a floor for rows where that happens to be exact.
-    `sink` is a score without a key.
+    `sink` is a score without a key. Weights are multiplied by `kept` once their sum is taken.
     """
     highest = np.maximum(scores.max(-1, keepdims=True), sink)
     weights, unseen = np.exp(scores - highest), np.exp(sink - highest)
     total = weights.sum(-1, keepdims=True) + unseen
-    right = weights @ v / total
+    right = weights * kept @ v / total
 
     kind, wide = np.dtype(dtype), np.float64 if dtype == "float64" else np.float32
     plain = np.exp((scores - highest).astype(wide))
     sums = plain.sum(-1, keepdims=True) + unseen.astype(wide)
-    base = plain.astype(kind).astype(wide) @ v.astype(wide) / sums
+    base = (plain.astype(kind) * kept).astype(wide) @ v.astype(wide) / sums
     error = np.abs(base.astype(kind).astype(np.float64) - right).max(-1, keepdims=True)
     # In half types the rounded weights dominate; in wide ones the scores' own rounding does.
     floor = (0.125 if kind.itemsize == 2 else 8) * float(ml_dtypes.finfo(kind).eps)
-    return right, 2 * error + floor * (weights @ np.abs(v) / total).max(-1, keepdims=True)
+    return right, 2 * error + floor * (weights * kept @ np.abs(v) / total).max(-1, keepdims=True)

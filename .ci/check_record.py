@@ -19,10 +19,14 @@ def main(checkout: Path) -> None:
     for path in records:
         record = json.loads(path.read_text(encoding="utf-8"))
         name = path.relative_to(checkout)
+        tests = {f"tests/{each.name}" for each in (checkout / "tests").glob("test_*.py")}
+        missing = sorted(tests - record["files"].keys())
         if record.get("digest") != current:
             print(f"WARNING: {name} is older than the sources; on a GPU machine: pytest --record")
-        elif record.get("failed") != 0 or record.get("exit_status") != 0:
-            print(f"WARNING: {name} records failures: {record.get('failed')} tests failed")
+        elif record["failed"] or any(run["exit_status"] > 1 for run in record["runs"]):
+            print(f"WARNING: {name} records failures: {record['failed']} tests failed")
+        elif missing:
+            print(f"WARNING: {name} lacks {', '.join(missing)}")
         else:
             print(f"{name} was made from these sources: {record.get('passed')} tests passed")
 

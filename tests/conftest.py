@@ -105,6 +105,9 @@ def pytest_configure(config: pytest.Config) -> None:
         importlib.import_module("cupy").cuda.set_allocator(None)
     if not config.getoption("--record"):
         return
+    options = config.option
+    if options.keyword or options.markexpr or any("::" in each for each in config.args):
+        raise pytest.UsageError("--record counts whole files: name these, and no tests in them")
     config.option.require_cuda = True
     if missing("cuda"):
         raise pytest.UsageError(f"--record needs a GPU: {missing('cuda')}")

@@ -11,6 +11,7 @@ import subprocess
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from digest import CHECKOUT, digest
@@ -33,8 +34,14 @@ DISTRIBUTIONS = [
 ]
 
 
+KINDS = ("passed", "failed", "skipped")
+
+
 class Record:
     """Counts every test's outcome by file and writes the sum at the end of the session.
+
+    The suite may be run in parts, of whole files each: what was recorded of other files from the
+    same sources, on the same GPU and with the same versions, stays.
 
     With pytest-xdist it is registered on the controller alone, which sees all workers' reports.
     """
@@ -61,27 +68,39 @@ class Record:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         path = CHECKOUT / "bench" / "results" / slug(gpu_name()) / "tests.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.summary(int(exitstatus)), indent=2) + "\n")
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        record = joined(before, self.summary(int(exitstatus)))
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         print(f"\nrecord written to {path.relative_to(CHECKOUT)}")
 
     def summary(self, exitstatus: int) -> dict[str, object]:
         files: dict[str, Counter[str]] = {}
         for nodeid, outcome in sorted(self.outcomes.items()):
             files.setdefault(nodeid.split("::")[0], Counter())[outcome] += 1
-        kinds = ("passed", "failed", "skipped")
-        return {
+        run = {
             "commit": commit(),
-            "digest": digest(),
-            "gpu": gpu_name(),
-            "driver": driver(),
-            "versions": versions(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "profile": os.environ["HYPOTHESIS_PROFILE"],
             "arguments": self.arguments,
             "exit_status": exitstatus,
-            **{kind: sum(count[kind] for count in files.values()) for kind in kinds},
-            "files": {file: {kind: files[file][kind] for kind in kinds} for file in files},
         }
+        return {
+            "digest": digest(),
+            "gpu": gpu_name(),
+            "driver": driver(),
+            "versions": versions(),
+            "runs": [run],
+            "files": {file: {kind: files[file][kind] for kind in KINDS} for file in files},
+        }
+
+
+def joined(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A record with what an earlier one has of other files, if both are of the same things."""
+    files, runs = new["files"], new["runs"]
+    if all(before.get(name) == new[name] for name in ("digest", "gpu", "driver", "versions")):
+        files, runs = before["files"] | files, before["runs"] + runs
+    sums = {kind: sum(count[kind] for count in files.values()) for kind in KINDS}
+    return {**new, "runs": runs, **sums, "files": dict(sorted(files.items()))}
 
 
 def gpu_name() -> str:

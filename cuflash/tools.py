@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from importlib import metadata
 from typing import Any
 
-from .jit.launch import Plan
+from .jit.launch import Plan, side_by_side
 
 # What a room tells of a call: the GPU it would run on, -1 for NumPy, and its launches.
 Planner = Callable[..., tuple[int, list[Plan]]]
@@ -141,15 +141,8 @@ def _device(ordinal: int) -> Any:
 
 def _load(device: int, plans: list[Plan], title: str) -> None:
     """Compile and load the plans' kernels side by side."""
-
-    def load_one(plan: Plan) -> None:
-        with _device(device):
-            plan.load()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        loading = [pool.submit(load_one, plan) for plan in plans]
-        for done in _with_progress(loading, f"compiling {title}"):
-            done.result()
+    jobs = [plan.load for plan in plans]
+    side_by_side(device, jobs, lambda loading: _with_progress(loading, f"compiling {title}"))
 
 
 def _with_progress(loading: list[Future[None]], title: str) -> Iterable[Future[None]]:

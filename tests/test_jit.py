@@ -164,7 +164,8 @@ def test_kernels_load_with_and_without_a_progress_bar(bar, monkeypatch) -> None:
         pytest.importorskip("tqdm")
     else:
         monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.setattr(tools, "_device", lambda ordinal: contextlib.nullcontext())
+    cupy = pytest.importorskip("cupy")
+    monkeypatch.setattr(cupy.cuda, "Device", lambda ordinal: contextlib.nullcontext())
     loaded = []
 
     class Planned:

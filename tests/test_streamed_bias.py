@@ -271,3 +271,17 @@ def test_the_host_knows_the_shared_memory_and_params(host, d: int) -> None:
         "static_assert(SharedMemory::kStreamed % 1024 == 0);"
     )
     compile.cubin(chosen.kernel, 90, also=checks)
+
+
+def test_what_a_given_length_leaves_of_the_keys_is_not_streamed():
+    """An array of fewer keys than k has is read with its end in mind."""
+    q = np.zeros((1, 4, 70, 64), np.float16)
+    k = np.zeros((1, 4, 256, 64), np.float16)
+    table = np.zeros((70, 128), np.float16)
+    variant = cuflash.Variant("score + t[row, j]")
+    for length, streamable in ((100, ()), (None, ())):
+        _, asked, _ = api.prepare(q, k, k, kv_lengths=length, variant=variant(t=table))
+        assert asked.variant.streamable == streamable
+    whole = np.zeros((70, 256), np.float16)
+    _, asked, _ = api.prepare(q, k, k, kv_lengths=100, variant=variant(t=whole))
+    assert asked.variant.streamable == (0,)

@@ -279,16 +279,17 @@ def test_a_variant_counts_within_its_sequence(xp):
         truth.check(host(out)[:, rows], host(lse)[:, rows])
 
 
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "seed": 5}], ids=["plain", "dropout"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_equal_lengths_are_a_batch(xp, dtype):
-    """The law: sequences of one length give what a batch gives."""
+def test_equal_lengths_are_a_batch(xp, dtype, options):
+    """The law: sequences of one length give what a batch gives, and drop what it drops."""
     random = np.random.default_rng(0)
     q, k, v = (random.standard_normal((4, 3, 130, 64)).astype(DTYPES[dtype]) for _ in range(3))
     offsets = xp.asarray(np.arange(0, 5 * 130, 130, dtype=np.int32))
     on = [xp.asarray(x) for x in (q, k, v)]
     packs = [xp.ascontiguousarray(x.swapaxes(0, 1)).reshape(3, -1, 64) for x in on]
-    out = cuflash.attention_varlen(*packs, offsets, causal=True)
-    want = cuflash.attention(*on, causal=True)
+    out = cuflash.attention_varlen(*packs, offsets, causal=True, **options)
+    want = cuflash.attention(*on, causal=True, **options)
     got = host(out).reshape(3, 4, 130, 64).swapaxes(0, 1)
     assert np.array_equal(got, host(want))
 
@@ -376,8 +377,9 @@ def test_bad_input(arguments, options, error, message):
 
 
 def test_offsets_on_a_gpu_are_checked_when_asked_for(cp, monkeypatch):
-    monkeypatch.setenv("CUFLASH_CHECK", "1")
     x = cp.asarray(X)
+    cuflash.attention_varlen(x, x, x, cp.asarray(np.array([0, 4, 7])))  # of the same shapes
+    monkeypatch.setenv("CUFLASH_CHECK", "1")
     with pytest.raises(ValueError, match="falls in between"):
         cuflash.attention_varlen(x, x, x, cp.asarray(np.array([0, 7, 4])))
 

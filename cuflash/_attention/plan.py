@@ -360,7 +360,10 @@ def choose(
         )
     if streams is not None and engine.streaming and found[0].pack == 1:
         tiles = _tiles(engine, problem, gpu, streamed=True)
-        found = [planned(tile, streams) for tile in tiles] + found
+        blocks = problem.variant.blocks
+        divide = [each[0].divides(blocks) for each in (tiles, _tiles(engine, problem, gpu))]
+        if divide != [False, True]:  # tiles across blocks would visit up to twice as many
+            found = [planned(tile, streams) for tile in tiles] + found
     chosen = found.pop()
     while found:
         chosen = replace(found.pop(), narrower=chosen)

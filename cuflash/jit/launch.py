@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,18 +65,37 @@ def load(plans: Sequence[Plan]) -> None:
     Only where there are cores for all of them: what is not loaded here will be when it is asked
     for.
     """
-    if (os.cpu_count() or 1) < len(plans) or any(compile.known(plan.kernel) for plan in plans):
+    if len(plans) < 2 or any(compile.known(plan.kernel) for plan in plans):
         return
+    if len(plans) <= (os.cpu_count() or 1):
+        import cupy
+
+        side_by_side(
+            cupy.cuda.runtime.getDevice(), [functools.partial(_load, plan) for plan in plans]
+        )
+
+
+def _load(plan: Plan) -> None:
+    compile.load(plan.kernel, gpu.current(), plan.shared_memory)
+
+
+def side_by_side(
+    device: int,
+    jobs: Sequence[Callable[[], object]],
+    watched: Callable[[list[Future[None]]], Iterable[Future[None]]] = iter,
+) -> None:
+    """Do jobs in threads of their own with a device as the current one; the first error is raised.
+
+    `watched` goes through what is under way, as it is done.
+    """
     import cupy
 
-    device = cupy.cuda.runtime.getDevice()
-
-    def load_one(plan: Plan) -> None:
+    def do(job: Callable[[], object]) -> None:
         with cupy.cuda.Device(device):
-            compile.load(plan.kernel, gpu.current(), plan.shared_memory)
+            job()
 
-    with ThreadPoolExecutor(len(plans)) as pool:
-        for done in [pool.submit(load_one, plan) for plan in plans]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in watched([pool.submit(do, job) for job in jobs]):
             done.result()
 
 

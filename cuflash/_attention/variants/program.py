@@ -68,7 +68,8 @@ class Program:
     def streamable(self) -> tuple[int, ...]:
         """The slots of arrays of 16 bits that scores read by row and key, tile by tile."""
         slots = dict.fromkeys(int(name[1:]) for name in cuda.streamable(self.trees))
-        return tuple(slot for slot in slots if self.slots[slot].dtype in ("float16", "bfloat16"))
+        halves = (slot for slot in slots if self.slots[slot].dtype in ("float16", "bfloat16"))
+        return tuple(slot for slot in halves if self.slots[slot].keys)
 
     def streaming(self, slot: int) -> str:
         """The text for a kernel that has tiles of this slot's array in shared memory."""

@@ -75,9 +75,9 @@ def warmup(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
     f : callable
         A function of cuflash, such as ``cuflash.attention``.
     *args, **kwargs
-        What it will be called with. Kernels of attention depend on dtypes and head dims; on Hopper
-        also on whether TMA can read and write the arrays where they lie. Those of the softmax
-        family depend on lengths and strides, too.
+        What it will be called with. Kernels of attention depend on dtypes, head dims, variants
+        and whether there is dropout; on Hopper also on whether TMA can read and write the arrays
+        where they lie. Those of the softmax family depend on lengths and strides, too.
 
     Returns
     -------

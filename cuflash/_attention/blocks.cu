@@ -1,6 +1,7 @@
 // Which blocks of scores a mask leaves empty, and which whole: it is evaluated at every place.
 //
-// A warp has a block, until it has seen both; its lanes have keys side by side. Expects Variant and, as constants: Element, kWholeBlocks.
+// A warp has a block, until it has seen both; its lanes have keys side by side. Expects Variant and, as constants: Element, kWholeBlocks,
+// kWarps.
 constexpr int kEmpty = 0, kPartial = 1, kWhole = 2;
 
 struct Params {
@@ -13,8 +14,8 @@ struct Params {
   Variant variant;
 };
 
-extern "C" __global__ void __launch_bounds__(128) attention_blocks(const __grid_constant__ Params params) {
-  const int64 block = blockIdx.x * 4ll + threadIdx.x / 32;
+extern "C" __global__ void __launch_bounds__(32 * kWarps) attention_blocks(const __grid_constant__ Params params) {
+  const int64 block = blockIdx.x * int64(kWarps) + threadIdx.x / 32;
   if (block >= params.blocks) return;
   const int block_k = int(block % params.n_k), block_q = int(block / params.n_k % params.n_q);
   const int pair = int(block / params.n_k / params.n_q);

@@ -4,7 +4,7 @@
 // does. Tensor cores cut off as they add, so their sums are kept short: every kRun elements of head_dim in S, every key tile in P V, they
 // start from zero and join the long sum by an ordinary addition. Without kSplit it is plain TF32.
 //
-// Constants: Element, Output, kHeadDim, kHeadDimV, kBlockM, kBlockN, kThreads, kStages, kRowTiles, kMinBlocks, kSplit.
+// Constants: those of tile_loop.cuh, kRowTiles, kMinBlocks, kSplit.
 #if __CUDA_ARCH__ < 800
 #error "TF32 needs sm_80"
 #endif

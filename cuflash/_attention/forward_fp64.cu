@@ -3,7 +3,7 @@
 // Products count in an order of their own, which lets a thread read its two neighbours 2t and 2t + 1 at once and use them as
 // k = t and t + 4: head_dim for S = Q K^T, keys for P V, where P then needs no shuffle.
 //
-// Constants: Element, Output, kHeadDim, kHeadDimV, kBlockM, kBlockN, kThreads, kStages, kRowTiles, kMinBlocks.
+// Constants: those of tile_loop.cuh, kRowTiles, kMinBlocks.
 #if __CUDA_ARCH__ < 800
 #error "DMMA needs sm_80"
 #endif

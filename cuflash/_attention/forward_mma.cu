@@ -1,6 +1,6 @@
 // FlashAttention forward for float16 and bfloat16 on mma.sync, sm_75 and later.
 //
-// Constants: Element, Output, kHeadDim, kHeadDimV, kBlockM, kBlockN, kThreads, kStages, kRowTiles, kMinBlocks.
+// Constants: those of tile_loop.cuh, kRowTiles, kMinBlocks.
 #include "_attention/mma_layout.cuh"
 #include "_attention/tile_loop.cuh"
 #include "device/mma.cuh"

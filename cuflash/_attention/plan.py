@@ -211,7 +211,7 @@ _HOPPER = Engine(
 )
 # Two 16-row blocks a warp halve what shared memory must deliver for each product; one, where O is
 # too wide for the registers. docs/kernel.rst has the measurements; tiles beyond 256 follow from
-# arithmetic alone ("Wide heads" there), and nobody has timed them.
+# arithmetic alone (docs/wide_and_dropout.rst), and nobody has timed them.
 _MMA = Engine(
     "_attention/forward_mma.cu",
     (
@@ -627,7 +627,7 @@ def block_kinds(problem: BlockProblem) -> Plan:
         kernel=Kernel(
             "_attention/blocks.cu",
             "attention_blocks",
-            (("Element", problem.dtype), ("kWholeBlocks", False)),
+            (("Element", problem.dtype), ("kWholeBlocks", False), ("kWarps", _WARPS)),
             generated=problem.variant.text,
         ),
         grid=(grid, 1, 1),

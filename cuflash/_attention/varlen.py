@@ -86,7 +86,8 @@ def attention_varlen(
     Notes
     -----
     Offsets stay on the device, and nothing waits for them: a small launch ahead finds out which
-    tiles of queries there are, and has those of the sequences with most keys start first.
+    tiles of queries there are, and has those of the sequences with most keys start first. With a
+    mask in a `variant`, each of them has bits for as many tiles of keys as k has in all.
 
     Examples
     --------

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_compile import problem
 
-from cuflash._attention import plan
+from cuflash._attention import plan, plan_around
 from cuflash._attention.problem import Operands
+from cuflash._attention.variants.program import Step, program
 from cuflash.jit import gpu, repeat
 
 
@@ -254,6 +255,19 @@ def test_an_obstacle_is_named_and_the_portable_kernel_serves() -> None:
     for other in (forced, ampere, gpu.of_arch(100), gpu.of_arch(120)):
         assert not plan.choose(asked, other, "float16").kernel.exact
     assert not plan.choose(problem("float32", 64, 64), hopper, "float32").kernel.exact
+
+
+def test_query_tiles_have_an_order_where_some_may_be_waited_for() -> None:
+    """More of them than blocks, with a mask, on Hopper; but not so many that one matters little."""
+    variant = program((Step("variant", mask="(i - j) % 7 < 3"),))
+    shape = {"heads": 8, "kv_heads": 8, "head_dim": 128, "head_dim_v": 128, "variant": variant}
+    for len_q, arch, ordered in ((128, 90, False), (4096, 90, True), (4096, 80, False)):
+        asked = replaced(**shape, len_q=len_q, len_k=4096)
+        chosen = plan.choose(asked, gpu.of_arch(arch), "float16")
+        assert (plan_around.order(asked, chosen) is not None) == ordered
+    many = replaced(**shape, batch=(400,), len_q=4096, len_k=4096)
+    chosen = plan.choose(many, gpu.of_arch(90), "float16")
+    assert plan_around.order(many, chosen) is None
 
 
 def test_blocks_are_no_more_than_fit_at_a_time() -> None:

@@ -17,7 +17,7 @@ from test_compile import ARCHITECTURES, check, problem
 
 import cuflash
 from cuflash import BlockMask, Variant
-from cuflash._attention import block_kinds, plan
+from cuflash._attention import block_kinds, plan, plan_around
 from cuflash._attention.api import prepare
 from cuflash.jit import compile, gpu, repeat
 
@@ -396,12 +396,12 @@ def test_kernels_compile_without_spills(arch):
         assert arch != 90 or tile(chosen) == (128, 128)
     seen = Variant(mask="seen[h, row, j] and doc[b, i] == doc[b, j]")
     seen = seen(seen=np.ones((HEADS, 768, 768), bool), doc=np.zeros((2, 768), np.int32))
-    check(plan.tiles(asked(seen, "float16", 64), planned(seen, arch, "float16", 64)), arch)
+    check(plan_around.tiles(asked(seen, "float16", 64), planned(seen, arch, "float16", 64)), arch)
     every = block_kinds.prepare(seen, 768, 768, heads=HEADS, batch=2).problem
     size = engine.blocks_dtype("float32", every.variant).itemsize
-    check(plan.block_kinds(every), arch)
+    check(plan_around.block_kinds(every), arch)
     sized = f"static_assert(sizeof(Params) == {size});"
-    compile.cubin(plan.block_kinds(every).kernel, arch, also=sized)
+    compile.cubin(plan_around.block_kinds(every).kernel, arch, also=sized)
 
 
 def test_bits_are_shared_where_a_mask_is_one(monkeypatch):
@@ -421,7 +421,7 @@ def test_bits_are_shared_where_a_mask_is_one(monkeypatch):
         chosen = plan.choose(whole, gpu.of_arch(80), "float16")
         bits = np.zeros((), engine._TILE_BITS)
         nbytes = engine.fill_tile_bits(bits, whole, chosen, operands, strides)
-        words = plan.query_tiles(whole, chosen) * 2 * plan.tile_words(whole, chosen)
+        words = plan.query_tiles(whole, chosen) * 2 * plan_around.tile_words(whole, chosen)
         entries = front[:-1] if len(front) > 1 else ()
         copies = int(np.prod(entries)) * (front[-1] if front else 1)
         assert (bool(bits["batch"].any()), bool(bits["head"])) == differ

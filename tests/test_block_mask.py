@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tolerance
 from calling import attend, host, judge
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Problem, materialise
+from strategies import DTYPES, Problem, materialise
 
 import cuflash
 from cuflash import BlockMask
@@ -90,3 +91,21 @@ def test_blocks_that_do_not_fit(xp, blocks, error, words):
     q = xp.ones((2, 40, 8), "float32")
     with pytest.raises(error, match=words):
         cuflash.attention(q, q, q, variant=BlockMask(xp.asarray(blocks), 16))
+
+
+@pytest.mark.parametrize(("batch", "kv_heads"), [(1, 96), (3, 1)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_long_rows_among_short_ones(cp, dtype, batch, kv_heads):
+    """More query tiles than a GPU has places: those with most blocks come before their turn."""
+    blocks = cuflash.BlockMask.local_global(8, 8, local=0, leading=1)
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal((1, 1, 1000, 64)).astype(DTYPES[dtype]) for _ in range(3))
+    many = cp.ascontiguousarray(cp.broadcast_to(cp.asarray(q), (batch, 96, 1000, 64)))
+    keys, values = (cp.broadcast_to(cp.asarray(x), (1, kv_heads, 1000, 64)) for x in (k, v))
+    variant = cuflash.BlockMask(cp.asarray(blocks), 128)
+    out, lse = cuflash.attention(many, keys, values, variant=variant, return_lse=True)
+    mask = np.kron(blocks, np.ones((128, 128), bool))[:1000, :1000]
+    truth = tolerance.reference(q, k, v, mask=mask)
+    truth.check(host(out)[:1, :1], host(lse)[:1, :1])
+    assert (host(out).view(np.uint8) == host(out)[:1, :1].view(np.uint8)).all()
+    assert (host(lse) == host(lse)[:1, :1]).all()

@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 
 from cuflash._attention import plan as attention_plan
+from cuflash._attention import plan_around
 from cuflash._attention.problem import Problem
 from cuflash.jit import compile, gpu
 from cuflash.jit.launch import Plan
@@ -82,7 +83,7 @@ def attention_plans(arch: int, kind: str) -> list[Plan]:
     dropout = kind.endswith(DROPPED)
     plans: list[Plan] = []
     if precision is None and not dropout:
-        plans.append(attention_plan.merge(dtype, output, (2, 4, 512, 64)))
+        plans.append(plan_around.merge(dtype, output, (2, 4, 512, 64)))
     for d, d_v in head_dims:
         asked, model = problem(dtype, d, d_v, precision, dropout), gpu.of_arch(arch)
         plans.append(attention_plan.choose(asked, model, output))
@@ -106,7 +107,7 @@ def test_packed_sequences_compile_without_spills(arch: int, dtype: str) -> None:
         asked = dataclasses.replace(problem(dtype, d, d), batch=(1, 1, 1, 5), varlen=True)
         chosen = attention_plan.choose(asked, model, dtype, packs=False)
         check(chosen, arch)
-    check(attention_plan.sequences(asked, chosen), arch)
+    check(plan_around.sequences(asked, chosen), arch)
 
 
 def check(chosen: Plan, arch: int) -> None:

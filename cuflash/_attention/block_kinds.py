@@ -145,6 +145,6 @@ def plans(*args: Any, **kwargs: Any) -> tuple[int, list[Plan]]:
     asked = prepare(*args, **kwargs)
     if not asked.caller.on_gpu:
         return -1, []
-    from . import plan
+    from . import plan_around
 
-    return asked.caller.device, [plan.block_kinds(asked.problem)]
+    return asked.caller.device, [plan_around.block_kinds(asked.problem)]

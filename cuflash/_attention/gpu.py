@@ -16,7 +16,7 @@ from ..jit import compile
 from ..jit import gpu as gpus
 from ..jit.launch import Plan, launch, load, workspace
 from ..jit.strides import address, fold
-from . import plan, tensor_maps
+from . import plan, plan_around, tensor_maps
 from .problem import PLAIN, BlockProblem, Operands, Problem, sum_dtype
 from .variants.program import Program
 
@@ -28,7 +28,8 @@ _STRIDED = np.dtype([("data", "u8"), ("batch", "i8", BATCH_AXES), ("head", "i8")
 _DIVISOR = np.dtype([("length", "u4"), ("magic", "u4"), ("shift", "u4")])
 _TILE_BITS = np.dtype(
     [
-        *[("data", "u8"), ("counter", "u8"), ("batch", "i8", BATCH_AXES), ("head", "i8")],
+        *[("data", "u8"), ("counter", "u8"), ("order", "u8")],
+        *[("batch", "i8", BATCH_AXES), ("head", "i8")],
         *[("words", "i4"), ("tasks", "i4")],
     ]
 )
@@ -112,8 +113,8 @@ def divisor(length: int) -> tuple[int, int, int]:
 
 _MERGE = np.dtype(  # the struct Params of combine.cu
     [
-        ("outs", "u8", plan.PARTS),
-        ("lses", "u8", plan.PARTS),
+        ("outs", "u8", plan_around.PARTS),
+        ("lses", "u8", plan_around.PARTS),
         ("out", "u8"),
         ("lse", "u8"),
         ("elements", "i8"),
@@ -140,14 +141,13 @@ def forward(problem: Problem, operands: Operands) -> None:
         filled = params(problem, chosen, ready, strides, index)
         if problem.varlen:
             fill_sequences(filled, problem, chosen, ready)
-            launch(plan.sequences(problem, chosen), filled)
+            launch(plan_around.sequences(problem, chosen), filled)
         if problem.variant.has_mask:
-            memory = workspace(fill_tile_bits(filled["bits"], problem, chosen, ready, strides))
-            if memory is not None:
-                if not problem.varlen:
-                    filled["bits"]["counter"] = memory.data.ptr
-                filled["bits"]["data"] = memory.data.ptr + _COUNTER_BYTES
-            launch(plan.tiles(problem, chosen), filled)
+            order = plan_around.order(problem, chosen)
+            place_tile_bits(filled["bits"], problem, chosen, ready, strides, order is not None)
+            launch(plan_around.tiles(problem, chosen), filled)
+            if order is not None:
+                launch(order, filled)
         if plan.is_hopper(chosen):
             filled = mapped(problem, chosen, ready, strides, filled)
         launch(chosen, filled)
@@ -165,8 +165,10 @@ def plans(problem: Problem, operands: Operands) -> list[Plan]:
 
 def ahead(problem: Problem, chosen: plan.AttentionPlan) -> list[Plan]:
     """What is launched before an attention kernel."""
-    found = [plan.sequences(problem, chosen)] if problem.varlen else []
-    return [*found, plan.tiles(problem, chosen)] if problem.variant.has_mask else found
+    found: list[Plan | None] = [plan_around.sequences(problem, chosen)] if problem.varlen else []
+    if problem.variant.has_mask:
+        found += [plan_around.tiles(problem, chosen), plan_around.order(problem, chosen)]
+    return [each for each in found if each is not None]
 
 
 def planned(
@@ -292,13 +294,17 @@ def merge(outs: list[Any], lses: list[Any], out: cp.ndarray, lse: cp.ndarray) ->
     contiguous = all(each.flags.c_contiguous for each in (*outs, *lses, out, lse))
     refuse_in_capture("outs, lses and out", "pass contiguous ones", not contiguous)
     refuse_in_capture(
-        "intermediate results", f"merge {plan.PARTS} parts at most", len(outs) > plan.PARTS
+        "intermediate results",
+        f"merge {plan_around.PARTS} parts at most",
+        len(outs) > plan_around.PARTS,
     )
-    while len(outs) > plan.PARTS:  # the first ones, merged in full precision, become one part
+    while (
+        len(outs) > plan_around.PARTS
+    ):  # the first ones, merged in full precision, become one part
         wide = cp.empty(out.shape, lse.dtype), cp.empty(lse.shape, lse.dtype)
-        merge(outs[: plan.PARTS], lses[: plan.PARTS], *wide)
-        rest = [each.astype(lse.dtype, copy=False) for each in outs[plan.PARTS :]]
-        outs, lses = [wide[0], *rest], [wide[1], *lses[plan.PARTS :]]
+        merge(outs[: plan_around.PARTS], lses[: plan_around.PARTS], *wide)
+        rest = [each.astype(lse.dtype, copy=False) for each in outs[plan_around.PARTS :]]
+        outs, lses = [wide[0], *rest], [wide[1], *lses[plan_around.PARTS :]]
     outs, lses = ([cp.ascontiguousarray(each) for each in parts] for parts in (outs, lses))
     results = [
         each if each.flags.c_contiguous else cp.empty(each.shape, each.dtype) for each in (out, lse)
@@ -326,12 +332,12 @@ def merge_plans(outs: list[Any], out: cp.ndarray) -> list[Plan]:
     """The launches of `merge`, without launching."""
     dtype, output = arrays.dtype_name(outs[0].dtype), arrays.dtype_name(out.dtype)
     steps = [(dtype, output)]
-    rounds = max(0, -(-(len(outs) - plan.PARTS) // (plan.PARTS - 1)))
+    rounds = max(0, -(-(len(outs) - plan_around.PARTS) // (plan_around.PARTS - 1)))
     if rounds:
         wide = sum_dtype(dtype)
         steps = [(dtype, wide), *[(wide, wide)] * (rounds - 1), (wide, output)]
     copies = () if all(each.flags.c_contiguous for each in (*outs, out)) else ("outs, lses or out",)
-    return [plan.merge(*step, out.shape, copies) for step in steps]
+    return [plan_around.merge(*step, out.shape, copies) for step in steps]
 
 
 def block_kinds(problem: BlockProblem, values: tuple[Any, ...], kinds: cp.ndarray) -> None:
@@ -343,7 +349,7 @@ def block_kinds(problem: BlockProblem, values: tuple[Any, ...], kinds: cp.ndarra
     filled["len_q"], filled["len_k"] = problem.len_q, problem.len_k
     filled["start"] = problem.q_start
     fill_variant(filled["variant"], problem.variant, values, {"b": (0,) * BATCH_AXES}, ())
-    launch(plan.block_kinds(problem), filled)
+    launch(plan_around.block_kinds(problem), filled)
 
 
 def in_place(operands: Operands) -> Operands:
@@ -564,7 +570,7 @@ def fill_tile_bits(
     Heads and batch axes whose masks are one, as where an array broadcasts, have their bits once.
     """
     variant = problem.variant
-    tiles, words = plan.query_tiles(problem, chosen), plan.tile_words(problem, chosen)
+    tiles, words = plan.query_tiles(problem, chosen), plan_around.tile_words(problem, chosen)
     step = tiles * 2 * words
     filled["words"] = words
     filled["tasks"] = tiles * (plan.pairs_of_heads(problem) // chosen.pack)
@@ -581,6 +587,29 @@ def fill_tile_bits(
             filled["batch"][axis] = step
             step *= problem.batch[axis]
     return _COUNTER_BYTES + 4 * step
+
+
+def place_tile_bits(
+    filled: np.ndarray,
+    problem: Problem,
+    chosen: plan.AttentionPlan,
+    operands: Operands,
+    strides: dict[str, tuple[int, ...]],
+    ordered: bool,
+) -> None:
+    """Fill in the struct TileBits: a counter, the bits and, where wanted, an order of tasks.
+
+    Their memory is a workspace of the call, whose recording keeps it.
+    """
+    size = fill_tile_bits(filled, problem, chosen, operands, strides)
+    memory = workspace(size + 4 * int(filled["tasks"]) * ordered)
+    assert memory is not None
+    first = memory.data.ptr
+    if not problem.varlen:  # sequences have a counter already
+        filled["counter"] = first
+    filled["data"] = first + _COUNTER_BYTES
+    if ordered:
+        filled["order"] = first + size
 
 
 def mapped(

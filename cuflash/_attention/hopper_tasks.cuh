@@ -46,6 +46,11 @@ struct Job {
     return round * gridDim.x + block;
   }
 
+  // The number of its query tile.
+  __device__ __forceinline__ int task(const TileBits& bits) const {
+    return Variant::kHasMask && bits.order != nullptr ? bits.order[number()] : number();
+  }
+
   // All of a warp's lanes together.
   __device__ __forceinline__ void advance(const TileBits& bits) {
     ++round;
@@ -277,7 +282,7 @@ struct Scheduler {
 
   // Works out the first task, for which it needs no barriers.
   __device__ __forceinline__ Scheduler(const HopperParams& hopper, SharedMemory smem)
-      : hopper(hopper), smem(smem), task(hopper.params, BlockIndex(hopper.params, job.number())) {}
+      : hopper(hopper), smem(smem), task(hopper.params, BlockIndex(hopper.params, job.task(hopper.params.bits))) {}
 
   __device__ __forceinline__ void run(uint32 jobs) {
 #pragma unroll 1
@@ -292,7 +297,7 @@ struct Scheduler {
       }
       job.advance(hopper.params.bits);
       if (job.number() >= jobs) break;
-      task = Task(hopper.params, BlockIndex(hopper.params, job.number()));
+      task = Task(hopper.params, BlockIndex(hopper.params, job.task(hopper.params.bits)));
     }
     announce([](Task& to) { to.keys.rows = 0; });
   }

@@ -12,7 +12,7 @@ import numpy as np
 from ..jit.gpu import Gpu
 from ..jit.launch import Plan
 from ..jit.source import Kernel
-from .problem import BlockProblem, Problem, sum_dtype
+from .problem import Problem, sum_dtype
 
 if TYPE_CHECKING:
     import cupy
@@ -557,104 +557,6 @@ def plan(
         copies=copies,
         pack=pack,
         streamed=streamed,
-    )
-
-
-_SORTERS = 1024  # threads of sequences.cu
-
-
-def sequences(problem: Problem, chosen: AttentionPlan) -> Plan:
-    """Plan what finds out where sequences lie, for an attention launch that needs it."""
-    return Plan(
-        kernel=Kernel(
-            "_attention/sequences.cu",
-            "attention_sequences",
-            chosen.kernel.constants,
-            generated=chosen.kernel.generated,
-        ),
-        grid=(1, 1, 1),
-        threads=_SORTERS,
-        shared_memory=0,
-        bytes=24 * problem.batch[-1] + 4 * query_tiles(problem, chosen),
-        operations=0,
-        why="offsets on the device: which query tiles there are, those of most keys first",
-    )
-
-
-# Of a block of tiles.cu and blocks.cu, each with 32 key tiles of a query tile, or with a block.
-_WARPS = 4
-# Of a block of tiles.cu that looks at arrays of truth values: 32 key tiles of a query tile are up
-# to 768 KB. A warp has 4 words of 8 bytes a lane under way, 1 KB: if that takes 700 ns, 16 warps on
-# each of 132 multiprocessors read 3 TB/s.
-_DENSE_WARPS = 16
-
-
-def tiles(problem: Problem, chosen: AttentionPlan) -> Plan:
-    """Plan what finds out which tiles of an attention launch its variants' masks leave."""
-    words = tile_words(problem, chosen)
-    warps = query_tiles(problem, chosen) * (pairs_of_heads(problem) // chosen.pack) * words
-    dense = problem.variant.dense
-    blocks, threads = (warps, _DENSE_WARPS) if dense else (-(-warps // _WARPS), _WARPS)
-    return Plan(
-        kernel=Kernel(
-            "_attention/tiles.cu",
-            "attention_tiles",
-            (*chosen.kernel.constants, ("kWarps", threads)),
-            generated=problem.variant.text + problem.variant.tiles,
-        ),
-        grid=(blocks, 1, 1),
-        threads=32 * threads,
-        shared_memory=0,
-        bytes=8 * warps,
-        operations=0,
-        why="masks on ranges of places: which tiles are empty, and which whole",
-    )
-
-
-def tile_words(problem: Problem, chosen: AttentionPlan) -> int:
-    """Words of a bit for each key tile."""
-    keys = int(dict(chosen.kernel.constants)["kBlockN"])
-    return max(1, -(-problem.len_k // (32 * keys)))
-
-
-def block_kinds(problem: BlockProblem) -> Plan:
-    """Plan what evaluates a mask at every place of its blocks."""
-    blocks = math.prod(problem.shape)
-    grid = -(-blocks // _WARPS)
-    if grid >= 2**31:
-        raise ValueError(f"`size` must make fewer than 2**33 blocks, not {blocks}: {problem.size}")
-    return Plan(
-        kernel=Kernel(
-            "_attention/blocks.cu",
-            "attention_blocks",
-            (("Element", problem.dtype), ("kWholeBlocks", False), ("kWarps", _WARPS)),
-            generated=problem.variant.text,
-        ),
-        grid=(grid, 1, 1),
-        threads=32 * _WARPS,
-        shared_memory=0,
-        bytes=blocks,
-        operations=0,
-        why="a warp a block, place by place until it has seen both: a hidden one, a shown one",
-    )
-
-
-PARTS = 64  # that one launch merges
-
-
-def merge(dtype: str, output: str, shape: tuple[int, ...], copies: tuple[str, ...] = ()) -> Plan:
-    """Plan the merging of partial results of `shape`."""
-    elements = math.prod(shape)
-    constants = (("Element", dtype), ("Output", output), ("kParts", PARTS))
-    return Plan(
-        kernel=Kernel("_attention/combine.cu", "attention_combine", constants),
-        grid=(-(-elements // 256), 1, 1),
-        threads=256,
-        shared_memory=0,
-        bytes=elements * (BYTES[dtype] + BYTES[output]),
-        operations=4 * elements,
-        why="a thread an element, the parts one after another",
-        copies=copies,
     )
 
 

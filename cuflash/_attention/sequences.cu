@@ -5,31 +5,10 @@
 //   first_tile = a counting sort by the number of keys, most first: the longest work starts first
 //
 // Constants: those of the attention kernel whose tiles they are.
+#include "_attention/scan.cuh"
 #include "_attention/tile_loop.cuh"
 
-constexpr int kSorters = 1024;  // threads
 constexpr int kBuckets = kSorters;
-
-// What `combine` makes of the values of all threads up to this one.
-template <typename Combine> __device__ __forceinline__ int scan(int x, Combine combine) {
-  __shared__ int of_warps[kSorters / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const auto in_warp = [&](int y) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int before = __shfl_up_sync(0xffffffffu, y, step);
-      if (lane >= step) y = combine(before, y);
-    }
-    return y;
-  };
-  x = in_warp(x);
-  __syncthreads();  // everybody has read what the scan before left
-  if (lane == 31) of_warps[warp] = x;
-  __syncthreads();
-  if (warp == 0) of_warps[lane] = in_warp(of_warps[lane]);
-  __syncthreads();
-  return warp == 0 ? x : combine(of_warps[warp - 1], x);
-}
 
 // Writes where each sequence begins along one axis: `of_rows` or that of keys.
 template <bool kRows> __device__ __forceinline__ void find_beginnings(const Sequences& all, int length) {

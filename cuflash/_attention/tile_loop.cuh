@@ -58,6 +58,7 @@ struct Divisor {
 struct TileBits {
   uint32* data;             // [batch..., heads, query tiles, 2, words]
   uint32* counter;          // of the query tiles that blocks have taken, beyond the first of each; tiles.cu resets it
+  int* order;               // [tasks], which query tiles come first (order.cu); null: as they are numbered
   int64 batch[kBatchAxes];  // in words; 0 along what they do not depend on
   int64 head;
   int words;

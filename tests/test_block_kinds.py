@@ -397,6 +397,11 @@ def test_kernels_compile_without_spills(arch):
     seen = Variant(mask="seen[h, row, j] and doc[b, i] == doc[b, j]")
     seen = seen(seen=np.ones((HEADS, 768, 768), bool), doc=np.zeros((2, 768), np.int32))
     check(plan_around.tiles(asked(seen, "float16", 64), planned(seen, arch, "float16", 64)), arch)
+    if arch == 90:
+        many = dataclasses.replace(asked(seen, "float16", 64), batch=(99,))
+        ordering = plan_around.order(many, plan.choose(many, gpu.of_arch(90), "float16"))
+        assert ordering is not None
+        check(ordering, arch)
     every = block_kinds.prepare(seen, 768, 768, heads=HEADS, batch=2).problem
     size = engine.blocks_dtype("float32", every.variant).itemsize
     check(plan_around.block_kinds(every), arch)

@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import tolerance
 from calling import host
@@ -209,8 +208,7 @@ def test_many_sequences(xp):
     rows = tuple(int(n) for n in random.integers(0, 9, 3000) * (random.random(3000) < 0.2))
     call = materialise(Packed(dtype="float16", rows=rows, causal=True, head_dim=32, head_dim_v=32))
     out, lse = attend(call, xp)
-    short = dataclasses.replace(call)
-    chosen = [n for n, (r, _) in enumerate(sequences(short)) if r.stop > r.start]
+    chosen = [n for n, (own, _) in enumerate(sequences(call)) if own.stop > own.start]
     for n in [*chosen[:20], *chosen[-20:]]:
         own, keys = sequences(call)[n]
         alone = call.q[:, own], call.k[:, keys], call.v[:, keys]
@@ -391,4 +389,3 @@ def test_the_oracle_sees_other_lengths():
     moved = dataclasses.replace(call, offsets=(np.array([0, 41, 70], np.int32),))
     with pytest.raises(AssertionError):
         check(moved, out, lse)
-    assert oracle.attention(call.q[:, :40], call.k[:, :40], call.v[:, :40]).out.shape[1] == 40

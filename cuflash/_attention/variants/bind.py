@@ -65,9 +65,8 @@ def bind(
     `start` and `length` are q_start and kv_lengths where these are no arrays.
     """
     if call.softcap is not None:
-        least = 2 * float(
-            np.finfo(sum_dtype(dtype)).tiny
-        )  # it, and one over it, are normal numbers
+        # A cap, and one over it, are normal numbers of the dtype that scores have.
+        least = 2 * float(np.finfo(sum_dtype(dtype)).tiny)
         in_range("softcap", call.softcap, least, 1 / least)
     steps: list[Step] = []
     values: list[Any] = []

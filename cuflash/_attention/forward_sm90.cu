@@ -220,17 +220,21 @@ struct Multiplier {
     if (kDropout) rows.meet(smem.known_task(q_turn), params, key);
     release_k(turn);
     if (i + 1 == tiles.count) release_q();
+    const Task& task = smem.known_task(q_turn);
+    const auto where = [&](int row) { return task.coordinates(params, row); };
     const bool masked = !seen.has_tile(key), turned = !Variant::kHasScore && params.factor != 1;
-    if (Variant::kHasScore || Variant::kHasMask) {
-      if (seldom(turned)) rows.multiply_scores(params.factor);  // before -inf is among them
-      const Task& task = smem.known_task(q_turn);
+    const bool partial = Variant::kHasMask && place & 1;
+    if (seldom(turned)) rows.multiply_scores(params.factor);  // before -inf is among them
+    if (Variant::kHasScore) {
       if (Variant::kStreams) smem.barriers.streamed_full[group].wait(streamed++);
-      rows.vary(params.variant, along, key, place & 1, [&](int row) { return task.coordinates(params, row); },
-                [&](Variant::ScoreReads& reads, int keys, int r) { fetch(reads, keys, r); });
-      if (seldom(masked)) rows.mask(task.keys, key);
-    } else if (seldom(masked || turned)) {
-      if (turned) rows.multiply_scores(params.factor);
-      if (masked) rows.mask(smem.known_task(q_turn).keys, key);
+      rows.vary(params.variant, along, key, where, [&](Variant::ScoreReads& reads, int keys, int r) { fetch(reads, keys, r); });
+    }
+    if (Variant::kLooksUp && partial) rows.hide_looked_up(params.variant, key, where);
+    if (!Variant::kLooksUp && Variant::kHasMask ? partial || masked : seldom(masked)) {
+      uint32 shown[Products::kRows] = {~0u, ~0u};
+      if (masked) rows.leave_out_unseen(shown, task.keys, key);
+      if (!Variant::kLooksUp && partial) rows.leave_out_hidden(shown, params.variant, key, where);
+      rows.leave(shown);
     }
   }
 

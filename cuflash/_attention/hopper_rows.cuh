@@ -146,19 +146,14 @@ struct HopperRows : Rows<HopperProducts> {
     return across_row<Products::kRowLanes>(x, [](T a, T b) { return max_of(a, b); });
   }
 
-  // Scores of keys that their row may not see become -inf: replaced, so that a NaN among them does not survive. Which ones a row sees are
-  // bits: of a thread's scores, in the order of their keys, those before an end and not before a beginning.
-  __device__ __forceinline__ void mask(const KeyInterval& keys, int first_key) {
-    static_assert(Products::kScores <= 32, "a bit for each score");
+  // Takes out of `seen` the scores of keys that their row may not see: of a thread's scores, in the order of their keys, there remain those
+  // before an end and not before a beginning.
+  static __device__ __forceinline__ void leave_out_unseen(uint32 (&seen)[Products::kRows], const KeyInterval& keys, int first_key) {
     const int block_row = recomputed(0);
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {
       const int row = block_row + Products::row(r), own = first_key + Products::key(0);
-      const uint32 seen = before(keys.end(row) - own) & ~before(keys.begin(row) - own);
-#pragma unroll
-      for (int c = 0; c < Products::kScores; ++c) {
-        if (!(seen & 1u << c)) s[r][c] = -infinity<T>();
-      }
+      seen[r] &= before(keys.end(row) - own) & ~before(keys.begin(row) - own);
     }
   }
 

@@ -9,35 +9,35 @@ __device__ __forceinline__ int visits(const Params& params, int task) {
   const BlockIndex index(params, task * kSlices);
   const uint32* words = params.bits.of(index);
   int count = 0;
+#pragma unroll 4
   for (int word = 0; word < params.bits.words; ++word) count += __popc(words[word]);
   return count;
 }
 
-// The sum over all threads, for all of them.
-__device__ __forceinline__ int sum_of_all(int x) {
+// The sum over all threads up to this one, and over all of them.
+__device__ __forceinline__ int2 sums(int x) {
   __shared__ int all;
   const int up_to_here = scan(x, [](int a, int b) { return a + b; });
   if (threadIdx.x == kSorters - 1) all = up_to_here;
   __syncthreads();
-  return all;
+  return {up_to_here, all};
 }
 
+// A thread has neighbouring tasks, 64 at most. How many key tiles each visits waits where the order will be: that costs less than to count
+// them again.
 extern "C" __global__ void __launch_bounds__(kSorters) attention_order(const __grid_constant__ Params params) {
-  const TileBits& bits = params.bits;
+  int* order = params.bits.order;
+  const int tasks = params.bits.tasks, each = (tasks + kSorters - 1) / kSorters;
+  const int begin = min_of(int(threadIdx.x) * each, tasks), end = min_of(begin + each, tasks);
   int own = 0;
-  for (int task = threadIdx.x; task < bits.tasks; task += kSorters) own += visits(params, task);
-  const int64 twice = 2ll * sum_of_all(own);
-  const auto is_long = [&](int task) { return int64(visits(params, task)) * bits.tasks > twice; };
-  own = 0;
-  for (int task = threadIdx.x; task < bits.tasks; task += kSorters) own += is_long(task);
-  const int all_long = sum_of_all(own);
+  for (int task = begin; task < end; ++task) own += order[task] = visits(params, task);
 
-  int long_before = 0;  // among the tasks before these
-  for (int base = 0; base < bits.tasks; base += kSorters) {
-    const int task = base + threadIdx.x;
-    const bool exists = task < bits.tasks, longer = exists && is_long(task);
-    const int up_to_here = long_before + scan(int(longer), [](int a, int b) { return a + b; });
-    if (exists) bits.order[longer ? up_to_here - 1 : all_long + task - up_to_here] = task;
-    long_before += sum_of_all(longer);
-  }
+  const int64 twice = 2ll * sums(own).y;
+  uint64 is_long = 0;  // a bit for each
+  for (int task = begin; task < end; ++task) is_long |= uint64(int64(order[task]) * tasks > twice) << (task - begin);
+  const int own_long = __popcll(is_long);
+  const auto [long_up_to_here, all_long] = sums(own_long);  // everybody has read what is now replaced
+
+  int next_long = long_up_to_here - own_long, next = all_long + begin - next_long;
+  for (int task = begin; task < end; ++task, is_long >>= 1) order[is_long & 1 ? next_long++ : next++] = task;
 }

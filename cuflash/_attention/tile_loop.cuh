@@ -313,16 +313,22 @@ template <typename Products> struct Rows {
     }
   }
 
-  // Scores become what `change(score, at, step, reads, c)` makes of them, for the key at.key + step. `fetch(reads, n, r)` completes what
-  // is read of row r and the n-th 32 keys.
-  template <typename Reads, typename Where, typename Change, typename Fetch = NothingToFetch>
-  __device__ __forceinline__ void change_scores(Along<Reads>& along, int first_key, Where place, Change change, Fetch fetch = {}) {
-    Variant::Coordinates at[Products::kRows];
+  // Where the rows of this lane stand, with its first key of a tile.
+  template <typename Where>
+  static __device__ __forceinline__ void stand(Variant::Coordinates (&at)[Products::kRows], int first_key, Where place) {
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {
       at[r] = place(Products::row(r));
       at[r].key = first_key + Products::key(0);
     }
+  }
+
+  // Scores become what `change(score, at, step, reads, c)` makes of them, for the key at.key + step. `fetch(reads, n, r)` completes what
+  // is read of row r and the n-th 32 keys.
+  template <typename Reads, typename Where, typename Change, typename Fetch = NothingToFetch>
+  __device__ __forceinline__ void change_scores(Along<Reads>& along, int first_key, Where place, Change change, Fetch fetch = {}) {
+    Variant::Coordinates at[Products::kRows];
+    stand(at, first_key, place);
 #pragma unroll
     for (int c = 0; c < Products::kScores; ++c) {  // what is read by key serves all rows
 #pragma unroll
@@ -336,24 +342,62 @@ template <typename Products> struct Rows {
     }
   }
 
-  // Scores become what the variant makes of them, with what was looked up for them, and -inf where its mask hides them, which it does
-  // nowhere in a tile that is not partial.
+  // Scores become what the variant makes of them, with what was looked up for them.
   template <typename Where, typename Fetch = NothingToFetch>
-  __device__ __forceinline__ void vary(const Variant& variant, ScoresAlong& along, int first_key, bool partial, Where place,
-                                       Fetch fetch = {}) {
+  __device__ __forceinline__ void vary(const Variant& variant, ScoresAlong& along, int first_key, Where place, Fetch fetch = {}) {
     using At = const Variant::Coordinates&;
-    if (Variant::kHasScore) {
-      const auto change = [&](T score, At at, int step, const Variant::ScoreReads& reads, int c) {
-        return variant.score<kPairs>(score, at, step, reads, c);
-      };
-      change_scores(along, first_key, place, change, fetch);
+    const auto change = [&](T score, At at, int step, const Variant::ScoreReads& reads, int c) {
+      return variant.score<kPairs>(score, at, step, reads, c);
+    };
+    change_scores(along, first_key, place, change, fetch);
+  }
+
+  // Scores become -inf where the variant's mask, which looks things up key by key, hides them.
+  template <typename Where> __device__ __forceinline__ void hide_looked_up(const Variant& variant, int first_key, Where place) {
+    MaskAlong along;
+    look_up(along, variant, first_key, place);
+    change_scores(along, first_key, place, [&](T score, const Variant::Coordinates& at, int step, const Variant::MaskReads& reads, int c) {
+      return variant.mask<kPairs>(at, step, reads, c) ? score : -infinity<T>();
+    });
+  }
+
+  // Takes out of `seen`, a bit for each score, those that a mask hides that looks nothing up. In a loop: a copy for each score would be
+  // long in compiling.
+  template <typename Where>
+  static __device__ __forceinline__ void leave_out_hidden(uint32 (&seen)[Products::kRows], const Variant& variant, int first_key, Where place) {
+    static_assert(Products::kScores <= 32, "a bit for each score");
+    Variant::Coordinates at[Products::kRows];
+    stand(at, first_key, place);
+#pragma unroll 4
+    for (int c = 0; c < Products::kScores; ++c) {
+#pragma unroll
+      for (int r = 0; r < Products::kRows; ++r) {
+        const bool hides = !variant.mask<false>(at[r], Products::key(c) - Products::key(0), Variant::MaskReads(), 0);
+        seen[r] &= ~(uint32(hides) << c);
+      }
     }
-    if (Variant::kHasMask && partial) {
-      MaskAlong mask;
-      look_up(mask, variant, first_key, place);
-      change_scores(mask, first_key, place, [&](T score, At at, int step, const Variant::MaskReads& reads, int c) {
-        return variant.mask<kPairs>(at, step, reads, c) ? score : -infinity<T>();
-      });
+  }
+
+  // Scores whose bits are not set become -inf: replaced, so that a NaN among them does not survive.
+  __device__ __forceinline__ void leave(const uint32 (&seen)[Products::kRows]) {
+#pragma unroll
+    for (int r = 0; r < Products::kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < Products::kScores; ++c) {
+        if (!(seen[r] & 1u << c)) s[r][c] = -infinity<T>();
+      }
+    }
+  }
+
+  // Likewise where the variant's mask hides them.
+  template <typename Where> __device__ __forceinline__ void hide(const Variant& variant, int first_key, Where place) {
+    if constexpr (Variant::kLooksUp) {
+      hide_looked_up(variant, first_key, place);
+    } else {
+      uint32 seen[Products::kRows];
+      for (uint32& bits : seen) bits = ~0u;
+      leave_out_hidden(seen, variant, first_key, place);
+      leave(seen);
     }
   }
 
@@ -560,9 +604,12 @@ template <typename Products> __device__ __forceinline__ void attend(const Params
     if (Variant::kHasScore || Variant::kHasMask) {
       const bool partial = Variant::kHasMask && (bits[params.bits.words + tile / 32] & 1u << tile % 32);
       const auto at = [&](int row) { return coordinates(params, index, keys, row); };
-      typename Rows<Products>::ScoresAlong along;
-      rows.look_up(along, params.variant, first_key, at);
-      rows.vary(params.variant, along, first_key, partial, at);
+      if (Variant::kHasScore) {
+        typename Rows<Products>::ScoresAlong along;
+        rows.look_up(along, params.variant, first_key, at);
+        rows.vary(params.variant, along, first_key, at);
+      }
+      if (Variant::kHasMask && partial) rows.hide(params.variant, first_key, at);
     }
     if (place == Place::kBorder) rows.mask(keys, first_key);
     rows.softmax(Rows<Products>::scale_of(params));

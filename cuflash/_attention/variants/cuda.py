@@ -100,15 +100,17 @@ class Trees:
 def struct(variants: Sequence[Trees], slots: Sequence[Kind], streamed: int | None = None) -> str:
     """The struct Variant for variants that follow one another, with `slots` p0, p1, ... in it.
 
-    Of the slot `streamed`, what scores read by row and key is in shared memory.
+    Of the slot `streamed`, what scores read by row and key is in shared memory. Its kLooksUp says
+    whether masks read anything key by key.
     """
     scores = [each for each in variants if each.score]
     sinks = [Writer(each).scaled(each.sink, (LOG2_E,)) for each in variants if each.sink]
     score_reads, mask_reads = Reads(None if streamed is None else f"p{streamed}"), Reads()
     masks = [_mask(each, mask_reads) for each in variants if each.places]
+    looks_up = any(_reads_by_key(each.places) for each in variants if each.places)
     lines = [
         f"static constexpr bool kHasScore = {_bool(scores)}, kHasMask = {_bool(masks)};",
-        f"static constexpr bool kHasSink = {_bool(sinks)};",
+        f"static constexpr bool kHasSink = {_bool(sinks)}, kLooksUp = {_bool(looks_up)};",
         f"static constexpr bool kStreams = {_bool(streamed is not None)};",
         *(f"{_declaration(kind)} p{number};" for number, kind in enumerate(slots)),
     ]
@@ -332,6 +334,11 @@ def _bool(value: object) -> str:
 
 def _is_key(node: Node) -> bool:
     return node.operation == "coordinate" and node.value == "j"
+
+
+def _reads_by_key(tree: Node) -> bool:
+    """Whether an expression has elements that differ between the keys of a row."""
+    return any(node.operation == "element" and not _same_for_all_keys(node) for node in _all(tree))
 
 
 def _is_of_tile(places: Sequence[Node]) -> bool:

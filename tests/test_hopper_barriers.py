@@ -200,7 +200,7 @@ class Block:
 
     def warp(self, group: int, warp: int) -> Role:
         """[Multiplier]"""
-        number = turn = streamed = meetings = 0
+        number = turn = last = rest = streamed = meetings = 0
 
         def meet() -> Role:  # a product, or [sync_warpgroup]
             nonlocal meetings
@@ -266,8 +266,9 @@ class Block:
                 place.empty.arrive()
             streamed += 1
 
-        def outputs(of: int, lets_go: bool) -> Role:
-            yield self.full(self.v, of)
+        def outputs(lets_go: bool, waits: bool = True) -> Role:
+            if waits:
+                yield self.full(self.v, last)
             if lets_go:
                 let_next_go()
             yield from meet()
@@ -276,15 +277,9 @@ class Block:
             assert self.known[of % TASKS] is self.tasks[of], "it is still there to be stored"
             self.task[of % TASKS].empty.arrive()
 
-        if group + 1 == self.shape.groups:
-            let_next_go()
-        while True:
-            task = yield from take()  # [find_task]
-            if task is None:
-                if group == 0:
-                    yield from be_let_go()
-                return
-            if task.own[group].count == 0:
+        def find_task() -> Iterator[Step]:
+            nonlocal number
+            while (task := (yield from take())) is not None and task.own[group].count == 0:
                 yield from leave_out(task.tiles.count)
                 yield self.full(self.q[group], number)
                 if self.together:
@@ -292,49 +287,64 @@ class Block:
                 release(self.q[group], number)
                 leave_task(number)
                 number += 1
-                continue
-            yield from enter(task)
+            if task is not None:
+                yield from enter(task)
+            return task is not None
+
+        def begin_task(ends: bool) -> Role:
+            task = self.known[number % TASKS]
+            assert task is not None
             yield from be_let_go()
-            let_next_go()
+            yield from outputs(lets_go=True, waits=ends)
             yield from have_scores(task, task.own[group].count - 1)
-            follows = True
-            while follows:  # [go_through_task]
-                own = task.own[group]
-                if own.count > 1:
+            yield from meet()
+            if ends:
+                release(self.v, last)
+
+        def end_task() -> Role:
+            yield from outputs(lets_go=False)
+            yield from meet()
+            release(self.v, last)
+            yield from leave_out(rest)
+
+        def go_through_task() -> Iterator[Step]:
+            nonlocal number, turn, last, rest
+            task = self.known[number % TASKS]
+            assert task is not None
+            own = task.own[group]
+            if own.count > 1:
+                yield self.full(self.k, turn + 1)
+            for left in reversed(range(own.count - 1)):
+                yield from be_let_go()
+                last, turn = turn, turn + 1
+                yield from outputs(lets_go=True)
+                yield from have_scores(task, left)
+                if left:
                     yield self.full(self.k, turn + 1)
-                for left in reversed(range(own.count - 1)):
-                    turn += 1
-                    yield from be_let_go()
-                    yield from outputs(turn - 1, lets_go=True)
-                    yield from have_scores(task, left)
-                    if left:
-                        yield self.full(self.k, turn + 1)
-                    yield from meet()
-                    release(self.v, turn - 1)
-                last, rest = turn, own.first - task.tiles.first
-                turn += 1
-                number += 1
-                after = yield from take()
-                follows = after is not None and after.own[group].count > 0
-                if follows:
-                    left_out = rest + after.tiles.last - after.own[group].last
-                    follows = left_out < self.shape.stages
-                if follows:
-                    yield from leave_out(rest)
-                    yield from enter(after)
-                    yield from be_let_go()
-                    yield from outputs(last, lets_go=True)
-                    yield from have_scores(after, after.own[group].count - 1)
-                    yield from meet()
-                    release(self.v, last)
-                    leave_task(number - 1)
-                else:
-                    yield from outputs(last, lets_go=False)
-                    yield from meet()
-                    release(self.v, last)
-                    yield from leave_out(rest)
-                    leave_task(number - 1)
-                task = after
+                yield from meet()
+                release(self.v, last)
+            last, turn, rest = turn, turn + 1, own.first - task.tiles.first
+            number += 1
+            after = yield from take()
+            if after is None or after.own[group].count == 0:
+                return False
+            if rest + after.tiles.last - after.own[group].last >= self.shape.stages:
+                return False
+            yield from leave_out(rest)
+            yield from enter(after)
+            return True
+
+        if group + 1 == self.shape.groups:
+            let_next_go()
+        begins, ends = (yield from find_task()), False
+        while begins or ends:  # [run]
+            yield from begin_task(ends) if begins else end_task()
+            if ends:
+                leave_task(number - 1)
+            step = go_through_task if begins else find_task
+            ends, begins = begins, (yield from step())
+        if group == 0:
+            yield from be_let_go()
 
     def run(self, order: random.Random) -> None:
         """Go on until everybody has ended. One role, drawn too, is much slower than the others."""

@@ -41,6 +41,9 @@ struct Multiplier {
   uint64 q_matrix, k_matrix, v_matrix;  // of the first stages
   HopperRows rows;
   uint32 q_turn = 0, turn = 0;  // the newest
+  uint32 last = 0;              // the turn whose product is the next one of O
+  bool adds = false;            // whether there is an O before that
+  int rest = 0;                 // turns of the query tile before that are left out behind its last
   uint32 streamed = 0;          // turns whose scores a variant has had an array brought for
   KeyTiles tiles{0, 0};         // of the newest query tile, that this warpgroup's rows see
   SeenByAll seen;
@@ -57,20 +60,23 @@ struct Multiplier {
 
   __device__ __forceinline__ void run() {
     if (group == kGroups - 1) let_next_go();
-    while (find_task()) {
-      wait_to_be_let_go(group);
-      start_scores(turn);
-      let_next_go();
-      look_at_keys();
-      look_up(0);
-      products_wait<0>();
-      have_scores(0);
-      rows.begin(rows.scale_of(params));
-      float sums[Products::kRows][2] = {};
-      rows.make_weights<0, kSteps>(rows.scale_of(params), sums);
-      rows.catch_up<true>(rows.scale_of(params), sums);
+    bool begins = find_task(), ends = false;  // a query tile, and the one before it
 #pragma unroll 1
-      while (go_through_task()) {}
+    while (begins || ends) {
+      float inverse[Products::kRows];
+      const Task& before = smem.known_task(q_turn - 1);
+      if (begins) {
+        begin_task(ends, before, inverse);
+      } else {
+        end_task(before, inverse);
+      }
+      if (ends) {
+        rows.normalize(inverse);
+        store(before);
+        leave_task(q_turn - 1);
+      }
+      ends = begins;
+      begins = begins ? go_through_task() : find_task();
     }
     if (group == 0) wait_to_be_let_go(group);  // for the last time: the line ends empty
     if (kStaged) stores_wait_read();           // shared memory goes with the block
@@ -94,53 +100,59 @@ struct Multiplier {
     return true;
   }
 
-  // The turns of a query tile after the first, and the first of the next one. False if that is not to follow at once.
+  // The first turn of a query tile, with the last product of the one before. If there is none, it is of whatever lies there, and nobody
+  // reads it: were it started under a condition, the assembler would have all products wait for one another.
+  __device__ __forceinline__ void begin_task(bool ends, const Task& before, float (&inverse)[Products::kRows]) {
+    wait_to_be_let_go(group);
+    start_scores(turn);
+    if (ends) wait_for_v(last);
+    start_outputs(last, adds, [&] { let_next_go(); });
+    look_at_keys();
+    if (ends) rows.close(params, before, inverse);
+    look_up(0);
+    products_wait<1>();
+    have_scores(0);
+    rows.begin(rows.scale_of(params));
+    make_weights<true>(ends);
+  }
+
+  // The last product of a query tile that no other follows at once.
+  __device__ __forceinline__ void end_task(const Task& task, float (&inverse)[Products::kRows]) {
+    wait_for_v(last);
+    start_outputs(last, adds, [] {});
+    rows.close(params, task, inverse);
+    have_outputs();
+    release_v(last);
+    leave_out_turns(rest);
+  }
+
+  // The turns of a query tile after the first. False if the first of the next one is not to follow at once.
   __device__ __forceinline__ bool go_through_task() {
     const int count = tiles.count;
     if (count > 1) wait_for_k(turn + 1);
 #pragma unroll 1
     for (int i = 1; i < count; ++i) {
       wait_to_be_let_go(group);
-      start_scores(++turn);
-      start_outputs(turn - 1, i > 1, [&] { let_next_go(); });
+      last = turn++;
+      start_scores(turn);
+      wait_for_v(last);
+      start_outputs(last, i > 1, [&] { let_next_go(); });
       look_up(i);
       products_wait<1>();
       have_scores(i);
       if (i + 1 < count) wait_for_k(turn + 1);  // now, so that its product will be started at once
-      make_weights<false>(turn - 1);
+      make_weights<false>(true);
     }
-    const Task& task = smem.known_task(q_turn);
-    const uint32 last = turn++;
-    const int rest = tiles.first - task.tiles.first;
+    last = turn++;
+    adds = count > 1;
+    rest = tiles.first - smem.known_task(q_turn).tiles.first;
     ++q_turn;
     // After so many turns that are left out, V would have to come where that of the last turn still is. Others wait for it before they
     // let this warpgroup go.
-    const bool more = take_task() && tiles.count > 0 && rest + smem.known_task(q_turn).tiles.last() - tiles.last() < kStages;
-    float inverse[Products::kRows];
-    if (more) {
-      leave_out_turns(rest);
-      enter_task();
-      wait_to_be_let_go(group);
-      start_scores(turn);
-      start_outputs(last, count > 1, [&] { let_next_go(); });
-      look_at_keys();
-      rows.close(params, task, inverse);
-      look_up(0);
-      products_wait<1>();
-      have_scores(0);
-      rows.begin(rows.scale_of(params));
-      make_weights<true>(last);
-    } else {
-      start_outputs(last, count > 1, [] {});
-      rows.close(params, task, inverse);
-      have_outputs();
-      release_v(last);
-      leave_out_turns(rest);
-    }
-    rows.normalize(inverse);
-    store(task);
-    leave_task(q_turn - 1);
-    return more;
+    if (!take_task() || tiles.count == 0 || rest + smem.known_task(q_turn).tiles.last() - tiles.last() >= kStages) return false;
+    leave_out_turns(rest);
+    enter_task();
+    return true;
   }
 
   // Waits for the next query tile; false if there is none.
@@ -169,7 +181,7 @@ struct Multiplier {
       wait_to_be_let_go(group);
       let_next_go();
       wait_for_k(turn);
-      smem.barriers.v_full[turn % kStages].wait(turn / kStages);
+      wait_for_v(turn);
       sync_warpgroup(group);
       release_k(turn);
       release_v(turn);
@@ -187,6 +199,7 @@ struct Multiplier {
     if (leads()) smem.barriers.q_empty[q_turn % kQStages][group].arrive();
   }
   __device__ __forceinline__ void wait_for_k(uint32 turn) { smem.barriers.k_full[turn % kStages].wait(turn / kStages); }
+  __device__ __forceinline__ void wait_for_v(uint32 turn) { smem.barriers.v_full[turn % kStages].wait(turn / kStages); }
   __device__ __forceinline__ void release_k(uint32 turn) {
     if (leads()) smem.barriers.k_empty[turn % kStages].arrive();
   }
@@ -200,7 +213,6 @@ struct Multiplier {
   }
 
   template <typename Do> __device__ __forceinline__ void start_outputs(uint32 turn, bool adds, Do before_last) {
-    smem.barriers.v_full[turn % kStages].wait(turn / kStages);
     Products::start_outputs(rows.o, rows.p, v_matrix + turn % kStages * (VTile::kBytes / 16), adds, before_last);
   }
 
@@ -222,18 +234,22 @@ struct Multiplier {
     if (i + 1 == tiles.count) release_q();
     const Task& task = smem.known_task(q_turn);
     const auto where = [&](int row) { return task.coordinates(params, row); };
-    const bool masked = !seen.has_tile(key), turned = !Variant::kHasScore && params.factor != 1;
-    const bool partial = Variant::kHasMask && place & 1;
-    if (seldom(turned)) rows.multiply_scores(params.factor);  // before -inf is among them
+    const bool masked = !seen.has_tile(key), partial = Variant::kHasMask && place & 1, hides = Variant::kMaskInLoop && partial;
+    bool turned = !Variant::kHasScore && params.factor != 1;
     if (Variant::kHasScore) {
       if (Variant::kStreams) smem.barriers.streamed_full[group].wait(streamed++);
       rows.vary(params.variant, along, key, where, [&](Variant::ScoreReads& reads, int keys, int r) { fetch(reads, keys, r); });
     }
-    if (Variant::kLooksUp && partial) rows.hide_looked_up(params.variant, key, where);
-    if (!Variant::kLooksUp && Variant::kHasMask ? partial || masked : seldom(masked)) {
+    if (Variant::kHasMask && !Variant::kMaskInLoop) {
+      if (seldom(turned)) rows.multiply_scores(params.factor);  // before -inf is among them
+      turned = false;
+      if (partial) rows.hide_one_by_one(params.variant, key, where);
+    }
+    if (hides || seldom(masked || turned)) {
+      if (turned) rows.multiply_scores(params.factor);
       uint32 shown[Products::kRows] = {~0u, ~0u};
       if (masked) rows.leave_out_unseen(shown, task.keys, key);
-      if (!Variant::kLooksUp && partial) rows.leave_out_hidden(shown, params.variant, key, where);
+      if (hides) rows.leave_out_hidden(shown, params.variant, key, where);
       rows.leave(shown);
     }
   }
@@ -275,24 +291,26 @@ struct Multiplier {
     stores_end();
   }
 
-  // P of the newest turn, while the product of the turn before is under way: half of the weights wait until that has read the P before.
-  template <bool kFirstOfTask> __device__ __forceinline__ void make_weights(uint32 before) {
+  // P of the newest turn, while the product of the turn before is under way, if there is one: half of the weights wait until that has read
+  // the P before.
+  template <bool kFirstOfTask> __device__ __forceinline__ void make_weights(bool has_product) {
     if (!HopperRows::kLooksAfterwards && !kFirstOfTask) rows.follow(rows.scale_of(params), [&] { have_outputs(); });
     float sums[Products::kRows][2] = {};
     float half[Products::kRows][4 * kHalf];
     rows.exponentiate<0, kHalf>(rows.scale_of(params), half, sums);
-    stay_here(sums[0][0] + sums[1][0]);
+    if (kGroups < 3) stay_here((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]));  // of three, each has too few registers
     have_outputs();
-    release_v(before);
+    if (has_product) release_v(last);
     rows.pair_up<0, kHalf>(half);
     rows.make_weights<kHalf, kSteps>(rows.scale_of(params), sums);
     rows.catch_up<kFirstOfTask>(rows.scale_of(params), sums);
   }
 
-  // Keeps the compiler from waiting before it has computed this: for a store that never happens, sums not being negative.
+  // Keeps the compiler from waiting before it has computed this: for a store, of a sum that is not finite, to where nobody reads. A
+  // condition that exponentials never meet the assembler would know.
   __device__ __forceinline__ void stay_here(float sum) const {
-    asm volatile("{\n\t.reg .pred never;\n\tsetp.lt.f32 never, %0, 0f00000000;\n\t@never st.shared.f32 [%1], %0;\n\t}" ::"f"(sum),
-                 "r"(smem.base)
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.gt.f32 p, %0, 0f7f000000;\n\t@p st.shared.f32 [%1], %0;\n\t}" ::"f"(sum),
+                 "r"(smem.base + SharedMemory::kUnread)
                  : "memory");
   }
 };
@@ -332,15 +350,11 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaders, 1) attention_f
     }
     barriers_made();
   }
-  const Params& params = hopper.params;
-  const int pairs = (params.sweeps - 1) * params.sweep.length + params.last_sweep.length;
-  const int jobs = kVarlen ? *params.sequences.tiles * params.heads.length : pairs * ((params.len_q - 1) / kBlockM + 1);
   if (threadIdx.x >= kThreads) {
-    Scheduler scheduler(hopper, smem);
-    sync_block();  // barriers are there
     keep_registers<kLoaderRegisters>();
     const int warp = threadIdx.x / 32 - kThreads / 32;
-    if (warp == 0) scheduler.run(jobs);
+    if (warp == 0) return Scheduler{hopper, smem}.run();
+    sync_block();  // barriers are there
     if (warp == 1) Loader<false>{hopper, smem}.run();
     if (warp == 2) Loader<true>{hopper, smem}.run();
     if constexpr (Variant::kStreams) {

@@ -135,7 +135,7 @@ def forward(problem: Problem, operands: Operands) -> None:
     problem, chosen = planned(problem, operands, ready)
     if 0 in chosen.grid:
         return
-    load([*ahead(problem, chosen), *chosen.candidates()])
+    load([*ahead(problem, chosen), chosen])
     chosen = chosen.settled()
     for index in np.ndindex(shape[:-BATCH_AXES]):  # more than one only where axes do not collapse
         filled = params(problem, chosen, ready, strides, index)

@@ -2,6 +2,7 @@
 // has Q brought, two have K and V brought. Everybody else is told by barriers in shared memory.
 #include "_attention/tile_loop.cuh"
 #include "device/tma.cuh"
+#include "device/wgmma.cuh"
 
 constexpr int kGroups = kThreads / 128;  // warpgroups that multiply, each 64 rows
 constexpr int kLoaders = 128;            // threads of the warpgroup that has tiles brought, behind the others
@@ -37,26 +38,33 @@ using StreamedTile = BoxedTile<kBlockM, kBlockN>;  // of an array that a variant
 // variants hide places, or sequences have lengths of their own, nobody has foreseen how much that is, and each block takes what comes next.
 struct Job {
   static constexpr bool kTaken = Variant::kHasMask || kVarlen;
-  int round = 0;
-  uint32 taken = 0;
+  uint32 number = blockIdx.x;
+  bool is_going_back = false;
 
-  __device__ __forceinline__ uint32 number() const {
-    if (kTaken && round > 0) return taken;
-    const uint32 block = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    return round * gridDim.x + block;
+  __device__ __forceinline__ bool is_first() const { return number < gridDim.x; }
+
+  // How many there are. Not held in a register where it can be looked up.
+  static __device__ __forceinline__ uint32 count(const Params& params) {
+    if (kVarlen) return *params.sequences.tiles * params.heads.length;
+    if (Variant::kHasMask) return params.bits.tasks;
+    const int pairs = (params.sweeps - 1) * params.sweep.length + params.last_sweep.length;
+    return pairs * ((params.len_q - 1) / kBlockM + 1);
   }
 
   // The number of its query tile.
   __device__ __forceinline__ int task(const TileBits& bits) const {
-    return Variant::kHasMask && bits.order != nullptr ? bits.order[number()] : number();
+    return Variant::kHasMask && bits.order != nullptr ? bits.order[number] : number;
   }
 
   // All of a warp's lanes together.
   __device__ __forceinline__ void advance(const TileBits& bits) {
-    ++round;
-    if (!kTaken) return;
-    if (threadIdx.x % 32 == 0) taken = gridDim.x + atomicAdd(bits.counter, 1u);
-    taken = __shfl_sync(0xffffffffu, taken, 0);
+    if (kTaken) {
+      if (threadIdx.x % 32 == 0) number = gridDim.x + atomicAdd(bits.counter, 1u);
+      number = __shfl_sync(0xffffffffu, number, 0);
+    } else {
+      number += 1 + 2 * (is_going_back ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+      is_going_back = !is_going_back;
+    }
   }
 };
 
@@ -99,16 +107,22 @@ struct Task {
   int first_row, first_key;  // of its sequence
   const uint32* bits;  // where variants hide places: `tiles` count those that are visited
 
-  __device__ __forceinline__ Task(const Params& params, const BlockIndex& index)
-      : keys(params, index), tiles(keys, 0, kBlockM), row(index.tile * kBlockM), head(index.head), kv_head(index.head),
-        first_row(index.sequence.first_row), first_key(index.sequence.first_key) {
+  // All of a warp's lanes together, all of which write the same. What has been written need not be held in registers.
+  __device__ __forceinline__ void find(const Params& params, const BlockIndex& index) {
+    keys = KeyInterval(params, index);
+    tiles = KeyTiles(keys, 0, kBlockM);
+#pragma unroll 1
     for (int group = 0; group < kGroups; ++group) own[group] = KeyTiles(keys, group * kGroupRows, (group + 1) * kGroupRows);
+    row = index.tile * kBlockM;
+    head = kv_head = index.head;
     params.group.take(kv_head);
+    first_row = index.sequence.first_row;
+    first_key = index.sequence.first_key;
     for (int i = 0; i < 2; ++i) batch[i] = index.batch[kBatchAxes - 1 - i];
     if (Variant::kHasMask && keys.rows > 0) count_visits(params.bits, index);
   }
 
-  // All of a warp's lanes together. Warpgroups then go through all of the tiles.
+  // Warpgroups then go through all of the tiles.
   __device__ __forceinline__ void count_visits(const TileBits& of_all, const BlockIndex& index) {
     bits = of_all.of(index);
     int count = 0;
@@ -208,7 +222,7 @@ struct SharedMemory {
   static constexpr int kQ = 0, kK = kQStages * QTile::kBytes, kV = kK + kStages * KTile::kBytes;
   static constexpr int kO = kV + kStages * VTile::kBytes, kStreamed = kO + (kStaged ? OTile::kBytes : 0);
   static constexpr int kBarriers = kStreamed + (Variant::kStreams ? StreamedTile::kBytes : 0);
-  static constexpr int kTaskList = kBarriers + 384, kBytes = kTaskList + 384;
+  static constexpr int kTaskList = kBarriers + 384, kUnread = kTaskList + 384, kBytes = kUnread + 16;
 
   struct Barriers {
     Barrier task_full[kTasks], task_empty[kTasks], q_full[kQStages][kGroups], q_empty[kQStages][kGroups];
@@ -217,7 +231,7 @@ struct SharedMemory {
     int keys[2 * kStages];  // where variants hide places: the first key of a turn's tile, plus 1 if it is partial
     Barrier streamed_full[kGroups], streamed_empty[kGroups];
   };
-  static_assert(sizeof(Barriers) <= kTaskList - kBarriers && kTasks * sizeof(Task) <= kBytes - kTaskList, "both have room");
+  static_assert(sizeof(Barriers) <= kTaskList - kBarriers && kTasks * sizeof(Task) <= kUnread - kTaskList, "both have room");
 
   uint32 base;
   Barriers& barriers;
@@ -272,34 +286,46 @@ __device__ __forceinline__ void fill_in(const Params& params, const Task& task, 
   }
 }
 
-// A warp that goes ahead: it says what comes next, has Q brought, and fills in query tiles that see no key by itself.
+// A warp that goes ahead: it says what comes next, has Q brought, and fills in query tiles that see no key by itself. The first task it
+// works out before there are barriers.
 struct Scheduler {
   const HopperParams& hopper;
   SharedMemory smem;
-  Job job;
-  Task task;
   uint32 turn = 0;
 
-  // Works out the first task, for which it needs no barriers.
-  __device__ __forceinline__ Scheduler(const HopperParams& hopper, SharedMemory smem)
-      : hopper(hopper), smem(smem), task(hopper.params, BlockIndex(hopper.params, job.task(hopper.params.bits))) {}
-
-  __device__ __forceinline__ void run(uint32 jobs) {
+  __device__ __forceinline__ void run() {
+    const TileBits& bits = hopper.params.bits;
+    const uint32 jobs = Job::count(hopper.params);
+    Job job;
 #pragma unroll 1
-    for (;;) {
+    do {
+      if (!job.is_first()) wait_for_place();
+      Task& task = smem.tasks[turn % kTasks];
+      task.find(hopper.params, BlockIndex(hopper.params, job.task(bits)));
+      if (job.is_first()) sync_block();
       if (task.tiles.count > 0) {
-        announce([&](Task& to) { to = task; });
+        announce();
         if (turn == 1) smem.barriers.begun.wait(0);
-        bring_q(smem.known_task(turn));  // it need not be held in registers while Q is waited for
+        bring_q(task);
         ++turn;
       } else {
         fill_in(hopper.params, task, 0, task.keys.rows);
       }
-      job.advance(hopper.params.bits);
-      if (job.number() >= jobs) break;
-      task = Task(hopper.params, BlockIndex(hopper.params, job.task(hopper.params.bits)));
-    }
-    announce([](Task& to) { to.keys.rows = 0; });
+      job.advance(bits);
+    } while (job.number < jobs);
+    wait_for_place();
+    smem.tasks[turn % kTasks].keys.rows = 0;
+    announce();
+  }
+
+  __device__ __forceinline__ void wait_for_place() const {
+    smem.barriers.task_empty[turn % kTasks].wait(turn / kTasks - 1);
+    __syncwarp();  // all lanes have seen that
+  }
+
+  __device__ __forceinline__ void announce() const {
+    __syncwarp();  // all lanes have written it
+    if (threadIdx.x % 32 == 0) smem.barriers.task_full[turn % kTasks].arrive();
   }
 
   __device__ __forceinline__ void bring_q(const Task& task) const {
@@ -310,15 +336,6 @@ struct Scheduler {
       bring_tile<QTile, kGroupRows>(smem.q(turn, group), hopper.q, smem.barriers.q_full[stage][group],
                                     task.corner(hopper.params.q, group * kGroupRows));
     }
-  }
-
-  template <typename Write> __device__ __forceinline__ void announce(Write write) const {
-    const uint32 place = turn % kTasks;
-    smem.barriers.task_empty[place].wait(turn / kTasks - 1);
-    __syncwarp();  // all lanes have seen that
-    if (threadIdx.x % 32 != 0) return;
-    write(smem.tasks[place]);
-    smem.barriers.task_full[place].arrive();
   }
 };
 

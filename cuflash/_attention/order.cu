@@ -8,9 +8,16 @@
 __device__ __forceinline__ int visits(const Params& params, int task) {
   const BlockIndex index(params, task * kSlices);
   const uint32* words = params.bits.of(index);
+  const int length = params.bits.words;
   int count = 0;
-#pragma unroll 4
-  for (int word = 0; word < params.bits.words; ++word) count += __popc(words[word]);
+  if (length % 4 == 0) {  // lanes have words far apart: the fewer loads, the better
+    for (int word = 0; word < length; word += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(words + word);
+      count += __popc(four.x) + __popc(four.y) + __popc(four.z) + __popc(four.w);
+    }
+  } else {
+    for (int word = 0; word < length; ++word) count += __popc(words[word]);
+  }
   return count;
 }
 
@@ -25,7 +32,7 @@ __device__ __forceinline__ int2 sums(int x) {
 
 // A thread has neighbouring tasks, 64 at most. How many key tiles each visits waits where the order will be: that costs less than to count
 // them again.
-extern "C" __global__ void __launch_bounds__(kSorters) attention_order(const __grid_constant__ Params params) {
+extern "C" __global__ void __launch_bounds__(kSorters, 1) attention_order(const __grid_constant__ Params params) {
   int* order = params.bits.order;
   const int tasks = params.bits.tasks, each = (tasks + kSorters - 1) / kSorters;
   const int begin = min_of(int(threadIdx.x) * each, tasks), end = min_of(begin + each, tasks);

@@ -205,7 +205,7 @@ _HOPPER = Engine(
     ),
     loaders=4,
     box=64,
-    barriers=768,
+    barriers=784,
     persistent=True,
     exact=True,
 )

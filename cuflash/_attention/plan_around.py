@@ -10,7 +10,7 @@ from .plan import BYTES, AttentionPlan, is_hopper, pairs_of_heads, query_tiles
 from .problem import BlockProblem, Problem
 
 _SORTERS = 1024  # threads of sequences.cu and order.cu
-# Words of bits that order.cu reads in one block: a few microseconds. So many query tiles are 64 a thread.
+# Words of bits that order.cu reads in one block: a few microseconds. 64 query tiles a thread.
 _MOST_ORDERED = 1 << 16
 
 

@@ -352,8 +352,8 @@ template <typename Products> struct Rows {
     change_scores(along, first_key, place, change, fetch);
   }
 
-  // Scores become -inf where the variant's mask, which looks things up key by key, hides them.
-  template <typename Where> __device__ __forceinline__ void hide_looked_up(const Variant& variant, int first_key, Where place) {
+  // Scores become -inf where the variant's mask hides them, each by itself.
+  template <typename Where> __device__ __forceinline__ void hide_one_by_one(const Variant& variant, int first_key, Where place) {
     MaskAlong along;
     look_up(along, variant, first_key, place);
     change_scores(along, first_key, place, [&](T score, const Variant::Coordinates& at, int step, const Variant::MaskReads& reads, int c) {
@@ -361,19 +361,25 @@ template <typename Products> struct Rows {
     });
   }
 
-  // Takes out of `seen`, a bit for each score, those that a mask hides that looks nothing up. In a loop: a copy for each score would be
-  // long in compiling.
+  // Takes out of `seen`, a bit for each score, those that the variant's mask hides: in a loop, for a long mask.
   template <typename Where>
   static __device__ __forceinline__ void leave_out_hidden(uint32 (&seen)[Products::kRows], const Variant& variant, int first_key, Where place) {
-    static_assert(Products::kScores <= 32, "a bit for each score");
+    constexpr int kAtOnce = 2;
+    static_assert(Products::kScores <= 32 && Products::kScores % kAtOnce == 0, "a bit for each score");
     Variant::Coordinates at[Products::kRows];
     stand(at, first_key, place);
-#pragma unroll 4
-    for (int c = 0; c < Products::kScores; ++c) {
+#pragma unroll 1
+    for (int first = 0; first < Products::kScores; first += kAtOnce) {
+      const int step = Products::key(first) - Products::key(0);
 #pragma unroll
       for (int r = 0; r < Products::kRows; ++r) {
-        const bool hides = !variant.mask<false>(at[r], Products::key(c) - Products::key(0), Variant::MaskReads(), 0);
-        seen[r] &= ~(uint32(hides) << c);
+        uint32 hidden = 0;
+#pragma unroll
+        for (int c = 0; c < kAtOnce; ++c) {
+          const int further = Products::key(c) - Products::key(0);
+          hidden |= uint32(!variant.mask<false>(at[r], step + further, Variant::MaskReads(), 0)) << c;
+        }
+        seen[r] &= ~(hidden << first);
       }
     }
   }
@@ -389,15 +395,15 @@ template <typename Products> struct Rows {
     }
   }
 
-  // Likewise where the variant's mask hides them.
+  // Scores become -inf where the variant's mask hides them.
   template <typename Where> __device__ __forceinline__ void hide(const Variant& variant, int first_key, Where place) {
-    if constexpr (Variant::kLooksUp) {
-      hide_looked_up(variant, first_key, place);
-    } else {
+    if constexpr (Variant::kMaskInLoop) {
       uint32 seen[Products::kRows];
       for (uint32& bits : seen) bits = ~0u;
       leave_out_hidden(seen, variant, first_key, place);
       leave(seen);
+    } else {
+      hide_one_by_one(variant, first_key, place);
     }
   }
 

@@ -60,10 +60,9 @@ class Plan:
 
 
 def load(plans: Sequence[Plan]) -> None:
-    """Compile a call's kernels, and those that may take their place, side by side, if all are new.
+    """Compile a call's kernels side by side, if all are new and there are cores for all of them.
 
-    Only where there are cores for all of them: what is not loaded here will be when it is asked
-    for.
+    What is not loaded here will be when it is asked for.
     """
     if len(plans) < 2 or any(compile.known(plan.kernel) for plan in plans):
         return

@@ -73,6 +73,8 @@ _STREAMED = """  // The array that is in shared memory, tile by tile, and its st
   __device__ __forceinline__ int64 streamed_head() const {{ return {head}; }}
 """
 _APPROXIMATE = ("exp", "log", "tanh", "sqrt")
+_COSTS = dict.fromkeys(("floor_divide", "remainder"), 20) | dict.fromkeys(_APPROXIMATE, 8)
+_LONG = 16  # operations, as many as a division is at least
 _SMALL = 1 << 20  # constants that may be added to a difference of places without wrapping
 
 
@@ -100,17 +102,17 @@ class Trees:
 def struct(variants: Sequence[Trees], slots: Sequence[Kind], streamed: int | None = None) -> str:
     """The struct Variant for variants that follow one another, with `slots` p0, p1, ... in it.
 
-    Of the slot `streamed`, what scores read by row and key is in shared memory. Its kLooksUp says
-    whether masks read anything key by key.
+    Of the slot `streamed`, what scores read by row and key is in shared memory. kMaskInLoop says
+    that kernels are to evaluate masks in a loop over keys.
     """
     scores = [each for each in variants if each.score]
     sinks = [Writer(each).scaled(each.sink, (LOG2_E,)) for each in variants if each.sink]
     score_reads, mask_reads = Reads(None if streamed is None else f"p{streamed}"), Reads()
     masks = [_mask(each, mask_reads) for each in variants if each.places]
-    looks_up = any(_reads_by_key(each.places) for each in variants if each.places)
+    in_loop = _in_loop([each.places for each in variants if each.places])
     lines = [
         f"static constexpr bool kHasScore = {_bool(scores)}, kHasMask = {_bool(masks)};",
-        f"static constexpr bool kHasSink = {_bool(sinks)}, kLooksUp = {_bool(looks_up)};",
+        f"static constexpr bool kHasSink = {_bool(sinks)}, kMaskInLoop = {_bool(in_loop)};",
         f"static constexpr bool kStreams = {_bool(streamed is not None)};",
         *(f"{_declaration(kind)} p{number};" for number, kind in enumerate(slots)),
     ]
@@ -336,9 +338,14 @@ def _is_key(node: Node) -> bool:
     return node.operation == "coordinate" and node.value == "j"
 
 
-def _reads_by_key(tree: Node) -> bool:
-    """Whether an expression has elements that differ between the keys of a row."""
-    return any(node.operation == "element" and not _same_for_all_keys(node) for node in _all(tree))
+def _in_loop(masks: Sequence[Node]) -> bool:
+    """Whether masks are so long that a copy for each score would take longer to compile than to run.
+
+    Not where they have elements that differ between keys, of which many are read at once.
+    """
+    nodes = [node for mask in masks for node in _all(mask) if not _same_for_all_keys(node)]
+    reads = any(node.operation == "element" for node in nodes)
+    return not reads and sum(_COSTS.get(node.operation, 1) for node in nodes) > _LONG
 
 
 def _is_of_tile(places: Sequence[Node]) -> bool:

@@ -339,6 +339,17 @@ def test_operations_within_one_another(tmp_path):
     check([case(step(values, score=source)) for source in sources], tmp_path, 0.9, "score")
 
 
+def test_division_by_parameters(tmp_path):
+    """Of integers by what the compiler does not know, at the ends of their 32 bits as well."""
+    ends = (0, 1, -1, 2, -3, 7, 64, 2**16 + 1, 2**31 - 1, -(2**31) + 1, -(2**31))
+    cases = [
+        case(step({"first": first, "factor": factor, "by": by}, score=f"score * 0.0 + {source}"))
+        for source in ("(first - j * factor) // by % 1021", "(first - j * factor) % by % 1021")
+        for by, (first, factor) in itertools.product(ends, ((2**31 - 1, 93_206_891), (20, 1)))
+    ]
+    check(cases, tmp_path, 0.99, "score")
+
+
 def test_arrays(tmp_path):
     """Of all dtypes: contiguous or not, with enough elements for the keys or not, walked or not."""
     random, cases = np.random.default_rng(0), []

@@ -12,11 +12,11 @@ __device__ __forceinline__ int visits(const Params& params, int task) {
   int count = 0;
   if (length % 4 == 0) {  // lanes have words far apart: the fewer loads, the better
     for (int word = 0; word < length; word += 4) {
-      const uint4 four = *reinterpret_cast<const uint4*>(words + word);
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(words + word));
       count += __popc(four.x) + __popc(four.y) + __popc(four.z) + __popc(four.w);
     }
   } else {
-    for (int word = 0; word < length; ++word) count += __popc(words[word]);
+    for (int word = 0; word < length; ++word) count += __popc(__ldg(words + word));
   }
   return count;
 }
@@ -37,6 +37,7 @@ extern "C" __global__ void __launch_bounds__(kSorters, 1) attention_order(const 
   const int tasks = params.bits.tasks, each = (tasks + kSorters - 1) / kSorters;
   const int begin = min_of(int(threadIdx.x) * each, tasks), end = min_of(begin + each, tasks);
   int own = 0;
+#pragma unroll 4
   for (int task = begin; task < end; ++task) own += order[task] = visits(params, task);
 
   const int64 twice = 2ll * sums(own).y;

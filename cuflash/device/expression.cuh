@@ -21,6 +21,30 @@ __device__ __forceinline__ int remainder(int a, int b) {
   const int rest = a % b;
   return rest != 0 && (a < 0) != (b < 0) ? rest + b : rest;
 }
+
+// The same by what the compiler does not know. 2^32 / b, which is computed once a row, gives a quotient that is right or too small by 1.
+struct Quotient {
+  uint32 whole, rest;
+  __device__ __forceinline__ Quotient(uint32 a, uint32 b) {
+    whole = uint64(a) * (0xffffffffu / b) >> 32;
+    rest = a - whole * b;
+    if (rest >= b) {
+      ++whole;
+      rest -= b;
+    }
+  }
+};
+__device__ __forceinline__ uint32 magnitude(int a) { return a < 0 ? 0u - uint32(a) : uint32(a); }
+__device__ __forceinline__ int floor_divide_by(int a, int b) {
+  const Quotient found(magnitude(a), max_of(magnitude(b), 1u));
+  const int floor = int((a < 0) == (b < 0) ? found.whole : 0u - found.whole - (found.rest != 0));
+  return b == 0 ? 0 : floor;
+}
+__device__ __forceinline__ int remainder_by(int a, int b) {
+  const uint32 size = max_of(magnitude(b), 1u), rest = Quotient(magnitude(a), size).rest;
+  const uint32 towards_b = rest != 0 && (a < 0) != (b < 0) ? size - rest : rest;
+  return int(b < 0 ? 0u - towards_b : towards_b);  // 0 where b is 0
+}
 template <typename T> __device__ __forceinline__ T remainder(T a, T b) {
   const T rest = fmod(a, b);
   if (rest == T(0)) return copysign(T(0), b);

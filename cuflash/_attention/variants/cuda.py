@@ -73,7 +73,8 @@ _STREAMED = """  // The array that is in shared memory, tile by tile, and its st
   __device__ __forceinline__ int64 streamed_head() const {{ return {head}; }}
 """
 _APPROXIMATE = ("exp", "log", "tanh", "sqrt")
-_COSTS = dict.fromkeys(("floor_divide", "remainder"), 20) | dict.fromkeys(_APPROXIMATE, 8)
+_DIVISIONS = ("floor_divide", "remainder")
+_COSTS = dict.fromkeys(_DIVISIONS, 20) | dict.fromkeys(_APPROXIMATE, 8)
 _LONG = 16  # operations, as many as a division is at least
 _SMALL = 1 << 20  # constants that may be added to a difference of places without wrapping
 
@@ -226,7 +227,11 @@ class Writer:
         if node.type == "float" and not self.compared:
             return self.scaled(node, ())
         around, self.compared = self.compared, self.compared or node.type == "bool"
-        text = self.call(node.operation, [self.value(each) for each in node.operands], node.type)
+        operation = node.operation
+        is_whole = operation in _DIVISIONS and node.type == "int"
+        if is_whole and node.operands[1].operation != "constant":
+            operation += "_by"
+        text = self.call(operation, [self.value(each) for each in node.operands], node.type)
         self.compared = around
         return text
 

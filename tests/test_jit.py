@@ -209,6 +209,23 @@ def test_threads_share_one_compilation_and_get_their_own_answers(cp) -> None:
     assert len(files) == 2
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_new_thread_has_all_that_a_call_needs(again: bool, cp) -> None:
+    """Whether its first call of CUDA is a new call of attention or one that was made before."""
+    call = ordinary_call("float16", 3 + again)
+    (q, k, v), options = call.on(cp)
+    out, lse = cp.empty((2, 4, 70, 40), q.dtype), cp.empty((2, 4, 70), "float32")
+
+    def work() -> None:
+        cuflash.attention(q, k, v, **options, out=(out, lse), return_lse=True)
+
+    if again:
+        work()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+    calling.judge(call).check(out.get(), lse.get())
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_captured_call_replays_on_new_data(dtype: str, cp) -> None:
     """Capture fails on a synchronisation, so this also shows that there is none."""

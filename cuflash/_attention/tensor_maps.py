@@ -18,6 +18,7 @@ _BYTES, _ALIGNMENT = 128, 64
 _MOST_STRIDE = 1 << 40
 _TYPES = {"float16": 6, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_*
 _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_128, _ZEROS_OUTSIDE = 0, 3, 2, 0
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 # The address is a word of its own, so that a repeated call can write another one there.
 MAP = np.dtype([("address", "u8"), ("rest", f"V{_BYTES - 8}")])
@@ -64,7 +65,8 @@ def _encode(
     memory = ctypes.create_string_buffer(_BYTES + _ALIGNMENT)
     begin = -ctypes.addressof(memory) % _ALIGNMENT
     words64, words32 = ctypes.c_uint64 * _AXES, ctypes.c_uint32 * _AXES
-    error = _driver().cuTensorMapEncodeTiled(
+    encode = functools.partial(
+        _driver().cuTensorMapEncodeTiled,
         ctypes.c_void_p(ctypes.addressof(memory) + begin),
         _TYPES[dtype],
         _AXES,
@@ -78,6 +80,12 @@ def _encode(
         _PROMOTE_128,
         _ZEROS_OUTSIDE,
     )
+    error = encode()
+    if error == _NO_CONTEXT:  # in a new thread, which gets one with its first call of the runtime
+        import cupy
+
+        cupy.cuda.Device().use()
+        error = encode()
     if error:
         raise RuntimeError(
             f"cuTensorMapEncodeTiled gave error {error} for sizes {sizes} and strides {strides}"

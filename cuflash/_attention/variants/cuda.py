@@ -344,7 +344,7 @@ def _is_key(node: Node) -> bool:
 
 
 def _in_loop(masks: Sequence[Node]) -> bool:
-    """Whether masks are so long that a copy for each score would take longer to compile than to run.
+    """Whether masks are so long that a copy for each score would take too long to compile.
 
     Not where they have elements that differ between keys, of which many are read at once.
     """

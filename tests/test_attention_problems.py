@@ -200,6 +200,19 @@ def test_margins_of_outputs_stay_untouched(xp, problem, data):
         assert host(array).tobytes() == before.tobytes(), "an input was written to"
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("len_q", "head_dim_v"), [(1, 1), (3, 7), (200, 33), (129, 127)])
+def test_padding_behind_rows_stays_untouched(xp, dtype, len_q, head_dim_v):
+    """Hopper's copy engine writes 16 bytes at a time, whatever an array's columns are."""
+    problem = Problem(dtype=dtype, len_q=len_q, len_k=40, head_dim_v=head_dim_v)
+    call = materialise(problem)
+    (q, k, v), options = call.on(xp)
+    memory, out, written = guarded((1, len_q, head_dim_v), call.q.dtype, "gaps", xp)
+    result, lse = cuflash.attention(q, k, v, **options, return_lse=True, out=(out, None))
+    judge(call).check(host(result), host(lse))
+    assert_untouched(memory, written)
+
+
 def guarded(shape, dtype, layout, xp):
     """(memory full of NaN, an output cut out of it, where in the memory the output lies)."""
     if len(shape) == 1:

@@ -230,9 +230,11 @@ def obstacle(
 def stored_by_tma(
     problem: Problem, operands: Operands, strides: dict[str, tuple[int, ...]]
 ) -> bool:
-    """Whether Hopper's copy engine can write the output."""
+    """Whether Hopper's copy engine can write the output: it writes words of 16 bytes."""
+    if problem.head_dim_v % 8:
+        return False
     if operands.out is None:  # nobody launches, and what would be allocated is contiguous
-        return problem.head_dim_v % 8 == 0
+        return True
     return readable(operands.out) and tensor_maps.fits(*axes(problem, operands.out, strides["out"]))
 
 

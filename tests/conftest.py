@@ -93,7 +93,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     whole_suite = config.args_source is not pytest.Config.ArgsSource.ARGS
     parallel = bool(getattr(config.option, "numprocesses", None))
     is_worker = hasattr(config, "workerinput")
-    if missing("cuda") or is_worker or config.option.collectonly or not (whole_suite or parallel):
+    drawn = any(kind in name for name in config.args for kind in ("attention", "dropout"))
+    wanted = whole_suite or (parallel and drawn)
+    if missing("cuda") or is_worker or config.option.collectonly or not wanted:
         return
     from compile_first import compile_first
 

@@ -171,6 +171,17 @@ def kernel(call: Call, variant: Variant, arch: int):
     return attention_plan.choose(problem, gpu.of_arch(arch), problem.dtype).kernel
 
 
+@pytest.mark.parametrize(
+    ("arch", "dtype", "d"), [(86, "float64", 192), (86, "float32", 512), (75, "bfloat16", 384)]
+)
+def test_a_long_mask_compiles_where_a_thread_has_one_score_a_row(arch, dtype, d):
+    pytest.importorskip("cupy", reason="needs CuPy and NVRTC, but no GPU")
+    call = materialise(dataclasses.replace(PROBLEM, dtype=dtype, head_dim=d, head_dim_v=d))
+    variant = Variant(mask="(i - j) % stride < 3")(stride=7)
+    assert "kMaskInLoop = true" in kernel(call, variant, arch).generated
+    compile.cubin(kernel(call, variant, arch), arch)
+
+
 @pytest.mark.parametrize(("arch", "dtype"), [(80, "float32"), (80, "float16"), (90, "float16")])
 def test_they_compile(arch, dtype):
     pytest.importorskip("cupy", reason="needs CuPy and NVRTC, but no GPU")

@@ -306,8 +306,8 @@ struct Multiplier {
     rows.catch_up<kFirstOfTask>(rows.scale_of(params), sums);
   }
 
-  // Keeps the compiler from waiting before it has computed this: for a store, of a sum that is not finite, to where nobody reads. A
-  // condition that exponentials never meet the assembler would know.
+  // Keeps the compiler from waiting before it has computed this: for a store, of a sum that is beyond all that is usual, to where nobody
+  // reads. A condition that exponentials never meet the assembler would know.
   __device__ __forceinline__ void stay_here(float sum) const {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.gt.f32 p, %0, 0f7f000000;\n\t@p st.shared.f32 [%1], %0;\n\t}" ::"f"(sum),
                  "r"(smem.base + SharedMemory::kUnread)

@@ -220,21 +220,12 @@ struct HopperRows : Rows<HopperProducts> {
     __syncwarp();  // all lanes have left theirs
 #pragma unroll 1
     for (int i = threadIdx.x % 32; i < rows * kBlocks; i += 32) {
-      const int row = top + i / kBlocks, block = i % kBlocks, columns = params.head_dim_v - 8 * block;
+      const int row = top + i / kBlocks, block = i % kBlocks;
+      if (8 * block >= params.head_dim_v) continue;
       const uint32 from = o_smem + block / 8 * OTile::kBoxBytes + row * 2 * kBox + (block % 8 ^ row % 8) * 16;
-      Output* out = task.row_of(params.out, row) + 8 * block;
-      if (columns >= 8) {
-        uint32 x[4];
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
-        store_16_bytes(out, x);
-        continue;
-      }
-#pragma unroll 1
-      for (int c = 0; c < columns; ++c) {
-        uint16 x;
-        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(from + 2 * c) : "memory");
-        reinterpret_cast<uint16*>(out)[c] = x;
-      }
+      uint32 x[4];
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
+      store_16_bytes(task.row_of(params.out, row) + 8 * block, x);
     }
     __syncwarp();  // all lanes have read, before others are left there
   }

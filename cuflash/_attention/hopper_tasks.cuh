@@ -216,7 +216,7 @@ struct Walk {
   __device__ __forceinline__ bool partial() const { return bits[words + word] & 1u << tile % 32; }
 };
 
-constexpr int kTasks = 4;  // known at a time: one is being stored, one exponentiated, and two come next
+constexpr int kTasks = 4;  // known at a time: one is being stored, one exponentiated, one comes next, and one is worked out
 
 struct SharedMemory {
   static constexpr int kQ = 0, kK = kQStages * QTile::kBytes, kV = kK + kStages * KTile::kBytes;

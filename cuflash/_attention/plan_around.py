@@ -10,8 +10,9 @@ from .plan import BYTES, AttentionPlan, is_hopper, pairs_of_heads, query_tiles
 from .problem import BlockProblem, Problem
 
 _SORTERS = 1024  # threads of sequences.cu and order.cu
-# Words of bits that order.cu reads in one block: a few microseconds. 64 query tiles a thread.
-_MOST_ORDERED = 1 << 16
+# Words of bits that order.cu reads in one block: a few microseconds. So a thread has 64 query tiles
+# at most, and a bit for each.
+_MOST_ORDERED = 64 * _SORTERS
 
 
 def sequences(problem: Problem, chosen: AttentionPlan) -> Plan:

@@ -364,8 +364,8 @@ template <typename Products> struct Rows {
   // Takes out of `seen`, a bit for each score, those that the variant's mask hides: in a loop, for a long mask.
   template <typename Where>
   static __device__ __forceinline__ void leave_out_hidden(uint32 (&seen)[Products::kRows], const Variant& variant, int first_key, Where place) {
-    constexpr int kAtOnce = 2;
-    static_assert(Products::kScores <= 32 && Products::kScores % kAtOnce == 0, "a bit for each score");
+    constexpr int kAtOnce = Products::kScores % 2 == 0 ? 2 : 1;
+    static_assert(Products::kScores <= 32, "a bit for each score");
     Variant::Coordinates at[Products::kRows];
     stand(at, first_key, place);
 #pragma unroll 1

@@ -22,7 +22,7 @@ __device__ __forceinline__ int remainder(int a, int b) {
   return rest != 0 && (a < 0) != (b < 0) ? rest + b : rest;
 }
 
-// The same by what the compiler does not know. 2^32 / b, which is computed once a row, gives a quotient that is right or too small by 1.
+// The same by what the compiler does not know. 2^32 / b gives a quotient that is right or too small by 1, and is computed once for all a.
 struct Quotient {
   uint32 whole, rest;
   __device__ __forceinline__ Quotient(uint32 a, uint32 b) {

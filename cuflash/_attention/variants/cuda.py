@@ -75,7 +75,7 @@ _STREAMED = """  // The array that is in shared memory, tile by tile, and its st
 _APPROXIMATE = ("exp", "log", "tanh", "sqrt")
 _DIVISIONS = ("floor_divide", "remainder")
 _COSTS = dict.fromkeys(_DIVISIONS, 20) | dict.fromkeys(_APPROXIMATE, 8)
-_LONG = 16  # operations, as many as a division is at least
+_LONG = 16  # operations; a division is more
 _SMALL = 1 << 20  # constants that may be added to a difference of places without wrapping
 
 

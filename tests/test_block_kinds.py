@@ -271,6 +271,7 @@ BAD = [
     ({"heads": 0}, ValueError, "`heads` must be from 1"),
     ({"batch": True}, TypeError, "`batch` must be an int, not True"),
     ({"size": (64, 0)}, ValueError, "`size` must be at least 1"),
+    ({"size": 1, "len_q": 2**20, "len_k": 2**20}, ValueError, r"fewer than 2\*\*33 blocks"),
     ({"size": 6.4}, TypeError, "`size` must be an int or a pair"),
     ({"q_start": np.zeros(2, int)}, TypeError, "`q_start` must be an int"),
     ({"q_start": 2**30}, ValueError, "`q_start` must be from"),
@@ -426,7 +427,7 @@ def test_bits_are_shared_where_a_mask_is_one(monkeypatch):
         chosen = plan.choose(whole, gpu.of_arch(80), "float16")
         bits = np.zeros((), engine._TILE_BITS)
         nbytes = engine.fill_tile_bits(bits, whole, chosen, operands, strides)
-        words = plan.query_tiles(whole, chosen) * 2 * plan_around.tile_words(whole, chosen)
+        words = plan.query_tiles(whole, chosen) * 2 * plan.tile_words(whole, chosen)
         entries = front[:-1] if len(front) > 1 else ()
         copies = int(np.prod(entries)) * (front[-1] if front else 1)
         assert (bool(bits["batch"].any()), bool(bits["head"])) == differ

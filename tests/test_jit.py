@@ -7,6 +7,7 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import calling
 import numpy as np
@@ -16,7 +17,7 @@ from strategies import Call
 
 import cuflash
 from cuflash import tools
-from cuflash.jit import compile, gpu, source
+from cuflash.jit import compile, gpu, launch, source
 from cuflash.jit.source import Kernel
 
 COMBINE = Kernel(
@@ -185,6 +186,21 @@ def test_show_config_speaks_everywhere(capsys: pytest.CaptureFixture[str]) -> No
 # Launching
 
 
+@pytest.mark.parametrize(
+    ("kernels", "together"), [("a", ""), ("aX", ""), ("ab", "ab"), ("aXbY", "ab"), ("XY", "")]
+)
+def test_what_is_new_of_a_call_is_compiled_together(kernels, together, monkeypatch) -> None:
+    """A single kernel, or what is known already (in capitals), is loaded when it is launched."""
+    cupy = pytest.importorskip("cupy")
+    jobs: list[str] = []
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
+    monkeypatch.setattr(compile, "known", str.isupper)
+    monkeypatch.setattr(launch, "side_by_side", lambda _, new: [job() for job in new])
+    monkeypatch.setattr(launch, "_load", lambda plan: jobs.append(plan.kernel))
+    launch.load([SimpleNamespace(kernel=kernel) for kernel in kernels])
+    assert "".join(jobs) == together
+
+
 def test_threads_share_one_compilation_and_get_their_own_answers(cp) -> None:
     compile._kernels.clear()
     calls = [ordinary_call(dtype, seed) for seed in range(4) for dtype in ("float16", "float32")]
@@ -214,15 +230,16 @@ def test_a_new_thread_has_all_that_a_call_needs(again: bool, cp) -> None:
     """Whether its first call of CUDA is a new call of attention or one that was made before."""
     call = ordinary_call("float16", 3 + again)
     (q, k, v), options = call.on(cp)
-    out, lse = cp.empty((2, 4, 70, 40), q.dtype), cp.empty((2, 4, 70), "float32")
+    if not again:  # nothing is allocated, which might be the first call of CUDA
+        options["out"] = cp.empty((2, 4, 70, 40), q.dtype), cp.empty((2, 4, 70), "float32")
 
-    def work() -> None:
-        cuflash.attention(q, k, v, **options, out=(out, lse), return_lse=True)
+    def work() -> cuflash.AttentionResult:
+        return cuflash.attention(q, k, v, **options, return_lse=True)
 
     if again:
         work()
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(work).result()
+        out, lse = pool.submit(work).result()
     calling.judge(call).check(out.get(), lse.get())
 
 

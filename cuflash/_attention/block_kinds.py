@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from .variants import bind
 from .variants.blocks import Blocks
 from .variants.program import Program
 from .variants.variant import Part, Variant
+
+_MOST_BLOCKS = 2**33  # four to each of 2**31 thread blocks
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ def prepare(
         size=size_of_blocks(size),
         variant=program,
     )
+    blocks = math.prod(problem.shape)
+    if blocks >= _MOST_BLOCKS:
+        raise ValueError(f"`size` must make fewer than 2**33 blocks, not {blocks}: {problem.size}")
     return Asked(caller, problem, values, axes)
 
 

@@ -234,13 +234,13 @@ struct Multiplier {
     if (i + 1 == tiles.count) release_q();
     const Task& task = smem.known_task(q_turn);
     const auto where = [&](int row) { return task.coordinates(params, row); };
-    const bool masked = !seen.has_tile(key), partial = Variant::kHasMask && place & 1, hides = Variant::kMaskInLoop && partial;
+    const bool masked = !seen.has_tile(key), partial = Variant::kHasMask && place & 1, hides = kMaskInLoop && partial;
     bool turned = !Variant::kHasScore && params.factor != 1;
     if (Variant::kHasScore) {
       if (Variant::kStreams) smem.barriers.streamed_full[group].wait(streamed++);
       rows.vary(params.variant, along, key, where, [&](Variant::ScoreReads& reads, int keys, int r) { fetch(reads, keys, r); });
     }
-    if (Variant::kHasMask && !Variant::kMaskInLoop) {
+    if (Variant::kHasMask && !kMaskInLoop) {
       if (seldom(turned)) rows.multiply_scores(params.factor);  // before -inf is among them
       turned = false;
       if (partial) rows.hide_one_by_one(params.variant, key, where);

@@ -17,6 +17,7 @@ from ..jit import gpu as gpus
 from ..jit.launch import Plan, launch, load, workspace
 from ..jit.strides import address, fold
 from . import plan, plan_around, tensor_maps
+from .plan_around import PARTS
 from .problem import PLAIN, BlockProblem, Operands, Problem, sum_dtype
 from .variants.program import Program
 
@@ -113,8 +114,8 @@ def divisor(length: int) -> tuple[int, int, int]:
 
 _MERGE = np.dtype(  # the struct Params of combine.cu
     [
-        ("outs", "u8", plan_around.PARTS),
-        ("lses", "u8", plan_around.PARTS),
+        ("outs", "u8", PARTS),
+        ("lses", "u8", PARTS),
         ("out", "u8"),
         ("lse", "u8"),
         ("elements", "i8"),
@@ -295,18 +296,12 @@ def merge(outs: list[Any], lses: list[Any], out: cp.ndarray, lse: cp.ndarray) ->
     """Fill `out` and `lse` with attention over the keys of all parts."""
     contiguous = all(each.flags.c_contiguous for each in (*outs, *lses, out, lse))
     refuse_in_capture("outs, lses and out", "pass contiguous ones", not contiguous)
-    refuse_in_capture(
-        "intermediate results",
-        f"merge {plan_around.PARTS} parts at most",
-        len(outs) > plan_around.PARTS,
-    )
-    while (
-        len(outs) > plan_around.PARTS
-    ):  # the first ones, merged in full precision, become one part
+    refuse_in_capture("intermediate results", f"merge {PARTS} parts at most", len(outs) > PARTS)
+    while len(outs) > PARTS:  # the first ones, merged in full precision, become one part
         wide = cp.empty(out.shape, lse.dtype), cp.empty(lse.shape, lse.dtype)
-        merge(outs[: plan_around.PARTS], lses[: plan_around.PARTS], *wide)
-        rest = [each.astype(lse.dtype, copy=False) for each in outs[plan_around.PARTS :]]
-        outs, lses = [wide[0], *rest], [wide[1], *lses[plan_around.PARTS :]]
+        merge(outs[:PARTS], lses[:PARTS], *wide)
+        rest = [each.astype(lse.dtype, copy=False) for each in outs[PARTS:]]
+        outs, lses = [wide[0], *rest], [wide[1], *lses[PARTS:]]
     outs, lses = ([cp.ascontiguousarray(each) for each in parts] for parts in (outs, lses))
     results = [
         each if each.flags.c_contiguous else cp.empty(each.shape, each.dtype) for each in (out, lse)
@@ -334,7 +329,7 @@ def merge_plans(outs: list[Any], out: cp.ndarray) -> list[Plan]:
     """The launches of `merge`, without launching."""
     dtype, output = arrays.dtype_name(outs[0].dtype), arrays.dtype_name(out.dtype)
     steps = [(dtype, output)]
-    rounds = max(0, -(-(len(outs) - plan_around.PARTS) // (plan_around.PARTS - 1)))
+    rounds = max(0, -(-(len(outs) - PARTS) // (PARTS - 1)))
     if rounds:
         wide = sum_dtype(dtype)
         steps = [(dtype, wide), *[(wide, wide)] * (rounds - 1), (wide, output)]
@@ -572,10 +567,10 @@ def fill_tile_bits(
     Heads and batch axes whose masks are one, as where an array broadcasts, have their bits once.
     """
     variant = problem.variant
-    tiles, words = plan.query_tiles(problem, chosen), plan_around.tile_words(problem, chosen)
+    tiles, words = plan.query_tiles(problem, chosen), plan.tile_words(problem, chosen)
     step = tiles * 2 * words
     filled["words"] = words
-    filled["tasks"] = tiles * (plan.pairs_of_heads(problem) // chosen.pack)
+    filled["tasks"] = plan.tasks(problem, chosen)
     if variant.mask_depends("h", operands.values):
         filled["head"] = step
         step *= problem.heads // chosen.pack

@@ -171,6 +171,13 @@ TRIED = 48  # the largest group of heads that is tried
 AT_ONCE = 4  # blocks at least that read a head's K and V at a time where L2 cannot keep them
 MOST_PACKED = 16  # query heads in the rows of a tile: a warp has whole packs
 FEW_QUERIES = 1024  # beyond that, few of a tile's rows are empty
+SORTERS = 1024  # threads of sequences.cu and order.cu, of one block
+# Words of bits that order.cu reads: 5 to 9 microseconds. A thread has 64 query tiles at most, and a
+# bit for each.
+MOST_ORDERED = 64 * SORTERS
+# Instructions of masks for each score, from which on a copy for each of them takes too long to
+# compile (docs/hopper.rst): they are evaluated in a loop then.
+LONG_MASK = 16
 WEIGHTS_FIRST = 128  # columns of V up to which registers hold the scores until the end
 # One block a multiprocessor, whose loaders leave their registers to the others.
 _HOPPER = Engine(
@@ -529,6 +536,7 @@ def plan(
         "kVarlen": problem.varlen,
         engine.rows: tile.queries // tile.warps // engine.rows_at_once,
         "kDropout": problem.dropout,
+        "kMaskInLoop": (problem.variant.mask_instructions or 0) > LONG_MASK,
     }
     if engine.persistent:
         constants |= {"kQStages": tile.query_stages, "kStaged": staged}
@@ -595,6 +603,28 @@ def query_tiles(problem: Problem, chosen: AttentionPlan) -> int:
     """Query tiles of one head, or of one pack of them."""
     queries = int(dict(chosen.kernel.constants)["kBlockM"])
     return most_query_tiles(problem, queries, chosen.pack)
+
+
+def tasks(problem: Problem, chosen: AttentionPlan) -> int:
+    """Query tiles of all heads and batches."""
+    return query_tiles(problem, chosen) * (pairs_of_heads(problem) // chosen.pack)
+
+
+def tile_words(problem: Problem, chosen: AttentionPlan) -> int:
+    """Words of a bit for each key tile."""
+    keys = int(dict(chosen.kernel.constants)["kBlockN"])
+    return max(1, -(-problem.len_k // (32 * keys)))
+
+
+def is_ordered(problem: Problem, chosen: AttentionPlan) -> bool:
+    """Whether query tiles that visit many key tiles go first, where a mask decides about that.
+
+    Not where each block has one query tile, nor where these are so many that even a long one ends
+    long before the last; packed sequences have an order of their own.
+    """
+    count = tasks(problem, chosen)
+    some = chosen.grid[0] < count and count * tile_words(problem, chosen) <= MOST_ORDERED
+    return some and is_hopper(chosen) and not problem.varlen
 
 
 def most_query_tiles(problem: Problem, queries: int, pack: int = 1) -> int:

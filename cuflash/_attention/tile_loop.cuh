@@ -15,8 +15,9 @@
 //   QTile, KTile, VTile                   how the operands lie in shared memory
 //   row(r), key(c), output(c)             the place of a thread's element in the block's tiles; warp_grid.cuh has that of its warp
 //   scores(s, q, k), weigh(o, s, v)       S += Q K^T and O += P V
-// and expects Variant and, as constants: Element, Output, kHeadDim, kHeadDimV, kSlices, kBlockM, kBlockN, kThreads, kStages, kDropout and
-// kVarlen, with which batch entries are sequences in packed arrays: each has rows and keys of its own there.
+// and expects Variant and, as constants: Element, Output, kHeadDim, kHeadDimV, kSlices, kBlockM, kBlockN, kThreads, kStages, kDropout,
+// kMaskInLoop, for masks whose copy for each score would be too long, and kVarlen, with which batch entries are sequences in packed arrays:
+// each has rows and keys of its own there.
 #include "_attention/dropout.cuh"
 #include "_attention/sequences.cuh"
 #include "_attention/warp_grid.cuh"
@@ -397,7 +398,7 @@ template <typename Products> struct Rows {
 
   // Scores become -inf where the variant's mask hides them.
   template <typename Where> __device__ __forceinline__ void hide(const Variant& variant, int first_key, Where place) {
-    if constexpr (Variant::kMaskInLoop) {
+    if constexpr (kMaskInLoop) {
       uint32 seen[Products::kRows];
       for (uint32& bits : seen) bits = ~0u;
       leave_out_hidden(seen, variant, first_key, place);

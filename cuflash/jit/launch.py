@@ -60,18 +60,13 @@ class Plan:
 
 
 def load(plans: Sequence[Plan]) -> None:
-    """Compile a call's kernels side by side, if all are new and there are cores for all of them.
-
-    What is not loaded here will be when it is asked for.
-    """
-    if len(plans) < 2 or any(compile.known(plan.kernel) for plan in plans):
-        return
-    if len(plans) <= (os.cpu_count() or 1):
+    """Compile those of a call's kernels that are new side by side, if that is more than one."""
+    new = [plan for plan in plans if not compile.known(plan.kernel)]
+    if len(new) > 1:
         import cupy
 
-        side_by_side(
-            cupy.cuda.runtime.getDevice(), [functools.partial(_load, plan) for plan in plans]
-        )
+        jobs = [functools.partial(_load, plan) for plan in new]
+        side_by_side(cupy.cuda.runtime.getDevice(), jobs)
 
 
 def _load(plan: Plan) -> None:

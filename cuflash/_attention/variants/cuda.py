@@ -74,8 +74,7 @@ _STREAMED = """  // The array that is in shared memory, tile by tile, and its st
 """
 _APPROXIMATE = ("exp", "log", "tanh", "sqrt")
 _DIVISIONS = ("floor_divide", "remainder")
-_COSTS = dict.fromkeys(_DIVISIONS, 20) | dict.fromkeys(_APPROXIMATE, 8)
-_LONG = 16  # operations; a division is more
+_INSTRUCTIONS = dict.fromkeys(_DIVISIONS, 20) | dict.fromkeys(_APPROXIMATE, 8)  # or 1, roughly
 _SMALL = 1 << 20  # constants that may be added to a difference of places without wrapping
 
 
@@ -103,17 +102,15 @@ class Trees:
 def struct(variants: Sequence[Trees], slots: Sequence[Kind], streamed: int | None = None) -> str:
     """The struct Variant for variants that follow one another, with `slots` p0, p1, ... in it.
 
-    Of the slot `streamed`, what scores read by row and key is in shared memory. kMaskInLoop says
-    that kernels are to evaluate masks in a loop over keys.
+    Of the slot `streamed`, what scores read by row and key is in shared memory.
     """
     scores = [each for each in variants if each.score]
     sinks = [Writer(each).scaled(each.sink, (LOG2_E,)) for each in variants if each.sink]
     score_reads, mask_reads = Reads(None if streamed is None else f"p{streamed}"), Reads()
     masks = [_mask(each, mask_reads) for each in variants if each.places]
-    in_loop = _in_loop([each.places for each in variants if each.places])
     lines = [
         f"static constexpr bool kHasScore = {_bool(scores)}, kHasMask = {_bool(masks)};",
-        f"static constexpr bool kHasSink = {_bool(sinks)}, kMaskInLoop = {_bool(in_loop)};",
+        f"static constexpr bool kHasSink = {_bool(sinks)};",
         f"static constexpr bool kStreams = {_bool(streamed is not None)};",
         *(f"{_declaration(kind)} p{number};" for number, kind in enumerate(slots)),
     ]
@@ -150,6 +147,15 @@ def streamable(variants: Sequence[Trees]) -> list[str]:
         for node in _all(each.score)
         if node.operation == "element" and _is_of_tile(node.operands)
     ]
+
+
+def instructions(variants: Sequence[Trees]) -> int | None:
+    """Roughly what masks take for each score; None where they read elements key by key."""
+    masks = [each.places for each in variants if each.places]
+    nodes = [node for mask in masks for node in _all(mask) if not _same_for_all_keys(node)]
+    if any(node.operation == "element" for node in nodes):
+        return None
+    return sum(_INSTRUCTIONS.get(node.operation, 1) for node in nodes)
 
 
 def _scores(variants: Sequence[Trees], reads: Reads) -> list[str]:
@@ -341,16 +347,6 @@ def _bool(value: object) -> str:
 
 def _is_key(node: Node) -> bool:
     return node.operation == "coordinate" and node.value == "j"
-
-
-def _in_loop(masks: Sequence[Node]) -> bool:
-    """Whether masks are so long that a copy for each score would take too long to compile.
-
-    Not where they have elements that differ between keys, of which many are read at once.
-    """
-    nodes = [node for mask in masks for node in _all(mask) if not _same_for_all_keys(node)]
-    reads = any(node.operation == "element" for node in nodes)
-    return not reads and sum(_COSTS.get(node.operation, 1) for node in nodes) > _LONG
 
 
 def _is_of_tile(places: Sequence[Node]) -> bool:

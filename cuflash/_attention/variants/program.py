@@ -100,6 +100,11 @@ class Program:
         """Whether some mask computes with real numbers, which dtypes round differently."""
         return any(cuda.has_numbers(each.mask) for each in self.trees if each.mask)
 
+    @functools.cached_property
+    def mask_instructions(self) -> int | None:
+        """Roughly what masks take for each score; None where they read elements key by key."""
+        return cuda.instructions(self.trees)
+
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
         """Queries and keys of the blocks that masks are made of."""

@@ -14,6 +14,8 @@ from types import ModuleType
 import hypothesis
 import pytest
 
+# Before NumPy is imported: the references' products are small, and workers share the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # JAX takes most of the GPU's memory at its first use unless told not to; all workers share one.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

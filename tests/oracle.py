@@ -24,12 +24,19 @@ class Answer(NamedTuple):
     out: np.ndarray  # [*batch, heads, len_q, d_v]; heads and batch as in q
     lse: np.ndarray  # [*batch, heads, len_q]
     mass: np.ndarray  # [*batch, heads, len_q, d_v], sum over the keys of p |v|
+    # [*batch, heads, len_q, d_v], the part of `mass` that weights below SMALLEST bring. It shows
+    # only in rows whose sink takes all but nothing.
+    flushed: np.ndarray
     # What errors in the scores, each as large as the sum of all that it was made of, would change
     # at most: of its |scale q k|, and of what variants add.
     out_doubt: np.ndarray  # [*batch, heads, len_q, d_v]
     lse_doubt: np.ndarray  # [*batch, heads, len_q]
     # [*batch, heads or 1, len_q, len_k], True where a query may see a key
     allowed: np.ndarray
+
+
+# The smallest normal float32. CUDA code is compiled with flush-to-zero: weights below it become 0.
+SMALLEST = 2.0**-126
 
 
 # A user's expression: of score, b, h, i, j, row, len_q and len_k, as arrays that broadcast.
@@ -93,6 +100,9 @@ def attention(
         # key j changes lse by p e and out by p e (v_j - out).
         values, p = (np.abs(x).astype(np.float64) for x in (values, p))
         mass = np.where(kept, p, 0) @ values / keeping
+        # Twice: a weight just above may be rounded below.
+        tiny = kept & (p > 0) & (p < 2 * SMALLEST)
+        flushed = np.where(tiny, p, 0) @ values / keeping if tiny.any() else np.zeros_like(mass)
         p *= np.where(allowed & np.isfinite(scores), size, 0).astype(np.float64)
         of_sink = np.where(np.isfinite(sink), of_sink / total * np.abs(sink), 0)
         lse_doubt = p.sum(axis=-1) + of_sink[..., 0].astype(np.float64)
@@ -103,6 +113,7 @@ def attention(
         out=out.reshape(shape),
         lse=lse.reshape(shape[:-1]),
         mass=mass.reshape(shape),
+        flushed=flushed.reshape(shape),
         out_doubt=out_doubt.reshape(shape),
         lse_doubt=lse_doubt.reshape(shape[:-1]),
         allowed=allowed,

@@ -165,3 +165,18 @@ def test_an_approximate_tanh_is_seen_beside_float32(monkeypatch):
         found = answer(call)
     with pytest.raises(AssertionError, match=r"^(out|lse): "):
         truth.check(*found)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("below", "passes"), [(88.0, True), (86.0, False)])
+def test_only_weights_below_the_smallest_normal_number_may_be_lost(dtype, below, passes):
+    # One key with the score 0 beside a sink of 86 or 88: a weight of 4.5e-38 or 6.1e-39.
+    q, k, v = np.zeros((1, 1, 8)), np.zeros((1, 1, 8)), np.full((1, 1, 8), 1e3)
+    q, k, v = (x.astype(DTYPES[dtype]) for x in (q, k, v))
+    truth = reference(q, k, v, sinks=np.array([below], np.float32))
+    lse = np.full((1, 1), below, np.float32)
+    if passes:
+        truth.check(np.zeros_like(v), lse)
+    else:
+        with pytest.raises(AssertionError, match=r"^out: "):
+            truth.check(np.zeros_like(v), lse)

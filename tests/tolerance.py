@@ -34,7 +34,8 @@ FLOOR_TF32 = 2.0**-10
 # floor.
 
 # CUDA code is compiled with flush-to-zero: float32 (and bfloat16) below the smallest normal
-# number is 0. float16 keeps its subnormals, whose spacing then is the smallest step.
+# number is 0, and what a weight below it would have brought is lost too: oracle.Answer.flushed.
+# float16 keeps its subnormals, whose spacing then is the smallest step.
 ABSOLUTE = {"float16": 2.0**-24, "bfloat16": 1.2e-38, "float32": 1.2e-38, "float64": 5e-324}
 
 # lse = m + log(sum): the scores before it are sums of products rounded to float32.
@@ -83,11 +84,14 @@ def reference(q, k, v, *, precision=None, out_dtype=None, **options) -> Referenc
     score = oracle.DOUBT["float64" if name == "float64" else "float32"]
     out_doubt = score * finite(truth.out_doubt.max(axis=-1, keepdims=True))
     lse_doubt = score * finite(truth.lse_doubt)
+    absolute = ABSOLUTE[name]
+    if name in ("bfloat16", "float32"):
+        absolute = absolute + finite(truth.flushed.max(axis=-1, keepdims=True))
     size = np.where(np.isfinite(truth.lse), np.abs(truth.lse), 1).astype(np.float64)
     return Reference(
         out=truth.out[..., :columns],
         lse=truth.lse,
-        out_limit=2 * out_error + floor * finite(mass) + out_doubt + ABSOLUTE[name],
+        out_limit=2 * out_error + floor * finite(mass) + out_doubt + absolute,
         lse_limit=np.maximum(LSE[name] * np.maximum(1, size), 2 * lse_error + lse_doubt),
         mass=finite(mass),
         allowed=truth.allowed,

@@ -9,13 +9,15 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
-def philox(counter: Array, key: Array) -> Array:
-    """Philox4x32-10, the counter-based generator of Salmon et al. [1]_.
+def philox(counter: Array, key: Array, rounds: int = 10) -> Array:
+    """Philox4x32-10, or of fewer rounds, the counter-based generator of Salmon et al. [1]_.
 
     Parameters
     ----------
     counter : ndarray of uint32, (..., 4)
     key : ndarray of uint32, (..., 2)
+    rounds : int
+        From 7 on no test of TestU01 tells its words from random ones; 10 leave a margin.
 
     Returns
     -------
@@ -37,7 +39,7 @@ def philox(counter: Array, key: Array) -> Array:
     a, b, c, d = np.moveaxis(counter.astype(np.uint64), -1, 0)
     first, second = np.moveaxis(key.astype(np.uint64), -1, 0)
     low = np.uint64(0xFFFFFFFF)
-    for _ in range(10):
+    for _ in range(rounds):
         even, odd = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
         a, b = (odd >> np.uint64(32)) ^ b ^ first, odd & low
         c, d = (even >> np.uint64(32)) ^ d ^ second, even & low

@@ -257,11 +257,11 @@ def dropout_call(b, h, row, j) -> tuple[np.ndarray, ...]:
 
 
 def philox_4x32(a, b, c, d, seed) -> list[np.ndarray]:
-    """Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011: ten rounds."""
+    """Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011: seven rounds."""
     mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     a, b, c, d = (np.asarray(x).astype(np.uint64) for x in np.broadcast_arrays(a, b, c, d))
     keys = [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
+    for _ in range(7):
         of_a, of_c = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
         a, b, c, d = (
             of_c >> half ^ b ^ np.uint64(keys[0]),

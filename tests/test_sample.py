@@ -212,16 +212,17 @@ def test_very_hot_is_uniform(xp):
 def test_philox_gives_the_known_answers():
     """From Random123's kat_vectors."""
     words = lambda text: np.array([int(word, 16) for word in text.split()], np.uint32)
-    for counter, key, answer in [
-        ("0 0 0 0", "0 0", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff " * 4, "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        (
-            "243f6a88 85a308d3 13198a2e 03707344",
-            "a4093822 299f31d0",
-            "d16cfe09 94fdcceb 5001e420 24126ea1",
-        ),
+    pi = "243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0"
+    ones = "ffffffff " * 4, "ffffffff ffffffff"
+    for (counter, key), rounds, answer in [
+        (("0 0 0 0", "0 0"), 7, "5f6fb709 0d893f64 4f121f81 4f730a48"),
+        (("0 0 0 0", "0 0"), 10, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (ones, 7, "5207ddc2 45165e59 4d8ee751 8c52f662"),
+        (ones, 10, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (pi, 7, "4dfccaba 190a87f0 c47362ba b6b5242a"),
+        (pi, 10, "d16cfe09 94fdcceb 5001e420 24126ea1"),
     ]:
-        got = philox(words(counter), words(key))
+        got = philox(words(counter), words(key), rounds)
         np.testing.assert_array_equal(got, words(answer))
 
 

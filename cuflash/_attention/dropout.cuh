@@ -5,6 +5,8 @@
 // accumulator of mma.sync: rows g and g + 8, keys 2t, 2t + 1, 2t + 8 and 2t + 9. A weight is dropped where its number is below a threshold.
 #include "device/philox.cuh"
 
+constexpr int kDropoutRounds = 7;
+
 // The weights of one head.
 struct Dropping {
   uint64 seed;
@@ -17,7 +19,7 @@ struct Dropping {
 
   // The numbers of a call, two in each word, that of the even key in the lower half.
   __device__ __forceinline__ Words draw(uint32 row_place, uint32 key_place) const {
-    return philox({row_place, key_place, head, entry}, seed);
+    return philox<kDropoutRounds>({row_place, key_place, head, entry}, seed);
   }
   __device__ __forceinline__ bool stays(uint32 word, bool odd) const {
     return (odd ? word : word << 16) >= threshold << 16;  // what stands below the upper half decides nothing

@@ -18,6 +18,7 @@ import numpy as np
 from ..philox import Array, philox
 
 STEPS = 1 << 16  # probabilities are multiples of one in so many
+ROUNDS = 7  # of Philox: FlashAttention-2 makes as many
 BLOCK = 16  # rows, and keys, of the blocks that calls of Philox are for
 
 
@@ -53,7 +54,8 @@ class Dropout:
         counter = np.empty((heads.size, x.size, y.size, 4), np.uint32)
         counter[..., 0], counter[..., 1] = x[:, None], y
         counter[..., 2], counter[..., 3] = heads.reshape(-1, 1, 1), b
-        words = philox(counter, np.array([self.seed & 0xFFFFFFFF, self.seed >> 32], np.uint32))
+        key = np.array([self.seed & 0xFFFFFFFF, self.seed >> 32], np.uint32)
+        words = philox(counter, key, ROUNDS)
         numbers = np.stack([words & 0xFFFF, words >> 16], axis=-1)
         # Of x a block and g, of y a block and t; then row // 8 % 2, key // 8 % 2 and key % 2.
         numbers = numbers.reshape(heads.size, down, 8, across, 4, 2, 2, 2)

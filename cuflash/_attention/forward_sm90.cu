@@ -298,7 +298,8 @@ struct Multiplier {
     float sums[Products::kRows][2] = {};
     float half[Products::kRows][4 * kHalf];
     rows.exponentiate<0, kHalf>(rows.scale_of(params), half, sums);
-    if (kGroups < 3 && !kDropout) stay_here((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]));  // of three, each has too few registers
+    // Of three, each has too few registers; and with dropout too few are left to interleave one call of random numbers with another.
+    if (kGroups < 3 && !kDropout) stay_here((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]));
     have_outputs();
     if (has_product) release_v(last);
     rows.pair_up<0, kHalf>(half);

@@ -467,7 +467,8 @@ template <typename Products> struct Rows {
   // Weights that dropout drops become 0, once the sums have counted them.
   __device__ __forceinline__ void drop(const Dropping& dropping, int first_row, int first_key) {
     if constexpr (kPairs && Products::kRows % 2 == 0 && Products::kScores % 4 == 0) {  // 16 x 16 blocks
-      const uint32 row_place = Dropping::row_place(first_row + Products::row(0)), key_place = Dropping::key_place(first_key + Products::key(0));
+      const int row = recomputed(first_row) + Products::row(0);
+      const uint32 row_place = Dropping::row_place(row), key_place = Dropping::key_place(first_key + Products::key(0));
 #pragma unroll
       for (int r = 0; r < Products::kRows; r += 2)
 #pragma unroll

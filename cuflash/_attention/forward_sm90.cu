@@ -12,6 +12,7 @@
 //   kQStages        query tiles in shared memory at a time
 //   kStaged         O leaves by way of shared memory, stored by TMA
 //   kWeightsFirst   registers hold S until its weights are known to be right: its maximum is looked for afterwards, if at all
+//   kHalfAhead      half of the weights are made before O is waited for
 #include "_attention/hopper_rows.cuh"
 
 // The keys that all rows of this warp see, for what lies within needs no mask. Rows that do not exist do not count.
@@ -298,8 +299,7 @@ struct Multiplier {
     float sums[Products::kRows][2] = {};
     float half[Products::kRows][4 * kHalf];
     rows.exponentiate<0, kHalf>(rows.scale_of(params), half, sums);
-    // Of three, each has too few registers; and with dropout too few are left to interleave one call of random numbers with another.
-    if (kGroups < 3 && !kDropout) stay_here((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]));
+    if (kHalfAhead) stay_here((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]));
     have_outputs();
     if (has_product) release_v(last);
     rows.pair_up<0, kHalf>(half);

@@ -544,6 +544,8 @@ def plan(
         holds_scores = d_v <= WEIGHTS_FIRST and not problem.variant.has_score
         # Where O is stored from registers, they hold either the scores or what dropout needs.
         constants["kWeightsFirst"] = holds_scores and (staged or not problem.dropout)
+        # Of three warpgroups each has too few registers, and with dropout it was slower.
+        constants["kHalfAhead"] = tile.queries < 3 * WARPGROUP and not problem.dropout
     variant = problem.variant
     if variant.blocks_decide:  # then a tile has one element of each, and is known exactly
         constants["kWholeBlocks"] = tile.divides(variant.blocks)

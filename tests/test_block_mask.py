@@ -109,3 +109,18 @@ def test_long_rows_among_short_ones(cp, dtype, batch, kv_heads):
     truth.check(host(out)[:1, :1], host(lse)[:1, :1])
     assert (host(out).view(np.uint8) == host(out)[:1, :1].view(np.uint8)).all()
     assert (host(lse) == host(lse)[:1, :1]).all()
+
+
+def test_query_tiles_with_any_number_of_blocks(cp):
+    """More of them than a GPU has places: in whatever order, all are as their head's alone."""
+    random = np.random.default_rng(0)
+    q, k, v = (cp.asarray(x, "float16") for x in random.standard_normal((3, 96, 1000, 64)))
+    blocks = cp.asarray(random.random((96, 8, 8)) < np.linspace(0, 1, 96)[:, None, None])
+    out = cp.full(q.shape, np.nan, q.dtype)
+    cuflash.attention(q, k, v, variant=BlockMask(blocks, 128), out=out)
+    found = host(out)
+    for head in range(96):
+        own = slice(head, head + 1)
+        alone = BlockMask(blocks[own], 128)
+        expected = cuflash.attention(q[own], k[own], v[own], variant=alone)
+        assert (found[own].view(np.uint8) == host(expected).view(np.uint8)).all()

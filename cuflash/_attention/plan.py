@@ -172,8 +172,8 @@ AT_ONCE = 4  # blocks at least that read a head's K and V at a time where L2 can
 MOST_PACKED = 16  # query heads in the rows of a tile: a warp has whole packs
 FEW_QUERIES = 1024  # beyond that, few of a tile's rows are empty
 SORTERS = 1024  # threads of sequences.cu and order.cu, of one block
-# Words of bits that order.cu reads: 5 to 9 microseconds. A thread has 64 query tiles at most, and a
-# bit for each.
+# Words of bits that order.cu reads: 5 to 11 microseconds. A thread has 64 query tiles at most, and
+# a bit for each.
 MOST_ORDERED = 64 * SORTERS
 # Instructions of masks for each score, from which on a copy for each of them takes too long to
 # compile (docs/hopper.rst): they are evaluated in a loop then.

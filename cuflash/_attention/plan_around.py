@@ -75,7 +75,7 @@ def tiles(problem: Problem, chosen: AttentionPlan) -> Plan:
 
 
 def order(problem: Problem, chosen: AttentionPlan) -> Plan | None:
-    """Plan what has query tiles that visit many key tiles go first, if anything does."""
+    """Plan what has query tiles go first that visit many key tiles, if anything does."""
     if not is_ordered(problem, chosen):
         return None
     count = tasks(problem, chosen)
@@ -84,7 +84,7 @@ def order(problem: Problem, chosen: AttentionPlan) -> Plan | None:
         chosen,
         problem.variant.text,
         bytes=4 * count * tile_words(problem, chosen) + 4 * count,
-        why="query tiles that visit more than twice the mean come first: they would be waited for",
+        why="query tiles that visit many key tiles come first, and few last: none is waited for",
     )
 
 
